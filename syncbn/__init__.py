@@ -1,0 +1,39 @@
+"""Synchronised batch normalisation for data-parallel training, on CPUs and accelerators.
+
+P ranks compute what one rank computes on the concatenated batch. Names are bound when first used, so that
+`import syncbn.numpy` loads neither torch nor mpi4py.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import functional as functional
+    from .nn import SyncBatchNorm as SyncBatchNorm
+    from .nn import convert_sync_batchnorm as convert_sync_batchnorm
+    from .nn import revert_sync_batchnorm as revert_sync_batchnorm
+    from .nn import scale_loss as scale_loss
+
+__version__ = "0.1.0"
+__all__ = [
+    "SyncBatchNorm",
+    "__version__",
+    "convert_sync_batchnorm",
+    "functional",
+    "revert_sync_batchnorm",
+    "scale_loss",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "functional":
+        return importlib.import_module(".functional", __name__)
+    if name in __all__:
+        return getattr(importlib.import_module(".nn", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

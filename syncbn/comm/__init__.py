@@ -1,0 +1,66 @@
+"""The messages of batch normalisation: one collective, behind one protocol.
+
+| module | what it sends over                                           |
+|--------|--------------------------------------------------------------|
+| local  | nothing: a world of one                                      |
+| torch  | any torch.distributed ProcessGroup                           |
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Protocol, runtime_checkable
+
+from .local import LocalCommunicator
+
+
+@runtime_checkable
+class Communicator(Protocol):
+    """Ranks that normalise together. An object of one's own with these members serves as `process_group`.
+
+    Attributes:
+        rank: this process's number in the group, from 0.
+        world_size: the number of ranks in the group.
+    """
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    def all_reduce(self, buffer: Any) -> None:
+        """Replaces buffer by its sum over all ranks, in place, with the same bits on every rank.
+
+        Args:
+            buffer: a contiguous one-dimensional float64 array, of the same length on every rank.
+
+        Collective:
+            every rank must call, in the same order.
+        """
+
+
+def as_communicator(group: Any) -> Communicator:
+    """Returns the communicator that a `process_group` argument stands for.
+
+    Args:
+        group: None (torch.distributed's default group where it is initialised, else this process alone), a ProcessGroup,
+            a one-dimensional DeviceMesh, or a Communicator.
+
+    Raises:
+        TypeError: anything else.
+        ValueError: a group this process is not in, or a mesh of more than one dimension.
+    """
+    if isinstance(group, Communicator):
+        return group
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available():
+        from .torch import communicator_of
+
+        return communicator_of(group)
+    if group is None:
+        return LocalCommunicator()
+    raise TypeError(
+        f"expected process_group to be None, a ProcessGroup, a one-dimensional DeviceMesh or a Communicator; got "
+        f"{type(group).__name__}, and torch.distributed is not available: pass None or a Communicator"
+    )

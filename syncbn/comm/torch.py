@@ -1,0 +1,62 @@
+"""Communication over torch.distributed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from .local import LocalCommunicator
+
+
+class TorchCommunicator:
+    """The ranks of a ProcessGroup: NCCL, Gloo, or any other backend.
+
+    Args:
+        group: the process group; this process must be in it.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    @property
+    def rank(self) -> int:
+        return self.group.rank()
+
+    @property
+    def world_size(self) -> int:
+        return self.group.size()
+
+    def all_reduce(self, buffer: Any) -> None:
+        """Sums buffer, a tensor or an ndarray, over the group, in place. See Communicator."""
+        tensor = buffer if isinstance(buffer, torch.Tensor) else torch.from_numpy(buffer)
+        dist.all_reduce(tensor, group=self.group)
+
+
+def communicator_of(group: Any) -> TorchCommunicator | LocalCommunicator:
+    """Returns the communicator of None, a ProcessGroup or a one-dimensional DeviceMesh. See as_communicator."""
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(
+                f"expected a DeviceMesh of 1 dimension; got {group.ndim}, {group}: "
+                'pass one of its dimensions, mesh["name"]'
+            )
+        group = group.get_group()
+    if group is None:
+        if not dist.is_initialized():
+            return LocalCommunicator()
+        group = dist.group.WORLD
+    # What torch.distributed.new_group returns to a process outside the group differs between versions of torch.
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(
+            "expected a process group that this process is in; got torch.distributed.GroupMember.NON_GROUP_MEMBER, which "
+            "new_group returns to the other processes: give every rank the group that it belongs to"
+        )
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            "expected process_group to be None, a ProcessGroup, a one-dimensional DeviceMesh or a Communicator; got "
+            f"{type(group).__name__}: see syncbn.comm.Communicator for what an object of your own must have"
+        )
+    return TorchCommunicator(group) if group.size() > 1 else LocalCommunicator()

@@ -1,0 +1,159 @@
+"""Synchronised batch normalisation: the algorithm, once, for torch tensors and ndarrays alike.
+
+    forward  = stats           -> all_reduce -> combine -> elemt
+    backward = backward_reduce -> all_reduce -> backward_elemt
+
+What computes (`kernels`) and what sends (`comm`) are arguments; their contracts are in syncbn/kernels/__init__.py
+and syncbn/comm/__init__.py. The derivation of the formulas is in syncbn/kernels/reference.py.
+
+No branch here depends on the number of ranks, on a rank being empty, or on the memory format, so that all ranks
+always send the same messages.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Saved(NamedTuple):
+    """What backward needs of forward, beside x and weight.
+
+    Attributes:
+        mean: (c,) mean over all ranks, in the accumulate dtype.
+        invstd: (c,) 1 / sqrt(var + eps) over all ranks, in the accumulate dtype.
+        count: () float64, elements per channel over all ranks.
+    """
+
+    mean: Any
+    invstd: Any
+    count: Any
+
+
+def forward(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    running_mean: Any,
+    running_var: Any,
+    momentum: Any,
+    eps: float,
+    kernels: Any,
+    comm: Any,
+) -> tuple[Any, Saved]:
+    """Normalises x by the mean and variance over the x of all ranks.
+
+    y = (x - mean) * invstd * weight + bias, and in place
+    running = (1 - momentum) * running + momentum * (mean, var * count / (count - 1)).
+
+    Args:
+        x: (n, c, s), this rank's part of the batch; n may be 0, and n and s may differ between ranks.
+        weight, bias: (c,) or None.
+        running_mean, running_var: (c,), updated in place, or both None.
+        momentum: a float, or a 0-d array of x's library and device.
+        eps: added to the variance.
+        kernels: the arithmetic for x.
+        comm: the communicator.
+
+    Returns:
+        y, of x's shape and dtype, and what backward needs.
+
+    Collective:
+        all_reduce of 2c + 1 float64; float64 input sends a second of the same size. Every rank must call.
+
+    Raises:
+        ValueError: one element a channel over all ranks, on every rank (on accelerators, where reading the count
+            would stall the device, y is then `bias` and the running statistics stay untouched).
+        RuntimeError: another rank refused its input.
+    """
+    moments = kernels.stats(x, None)
+    comm.all_reduce(moments)
+    _check_count(moments[-1], comm)
+    center = None
+    if x.dtype.itemsize == 8:
+        # Squares of float64 are not exact in float64, so var = E[x^2] - mean^2 would cancel: take them about the mean.
+        center = moments[: x.shape[1]] / (moments[-1] + (moments[-1] == 0))
+        moments = kernels.stats(x, center)
+        comm.all_reduce(moments)
+    mean, invstd, count = kernels.combine(moments, center, x.dtype, running_mean, running_var, momentum, eps)
+    return kernels.elemt(x, mean, invstd, weight, bias), Saved(mean, invstd, count)
+
+
+def backward(dy: Any, x: Any, weight: Any, saved: Saved, kernels: Any, comm: Any) -> tuple[Any, Any, Any]:
+    """Differentiates forward.
+
+    dx = weight * invstd * (dy - sum_dy / count - (x - mean) * invstd^2 * sum_dy_xmu / count)
+
+    Args:
+        dy: (n, c, s), the gradient of this rank's y.
+        x, weight, kernels, comm: as given to forward.
+        saved: as forward returned it.
+
+    Returns:
+        dx, of x's shape and dtype; grad_weight and grad_bias, (c,) float64, of this rank's elements alone, so that
+        data-parallel training averages them like every other gradient.
+
+    Collective:
+        all_reduce of 2c float64. Every rank must call.
+    """
+    c = x.shape[1]
+    sums = kernels.backward_reduce(dy, x, saved.mean)
+    local = 1.0 * sums  # a copy, for all_reduce works in place
+    comm.all_reduce(sums)
+    dx = kernels.backward_elemt(dy, x, *saved, weight, sums)
+    return dx, local[c:] * saved.invstd, local[:c]
+
+
+def eval_forward(
+    x: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, eps: float, kernels: Any
+) -> tuple[Any, Saved]:
+    """Normalises x by the running statistics: as forward, with nothing sent and nothing updated."""
+    # Running statistics as moments: those, about running_mean, of one element with that variance.
+    moments = kernels.stats(x[:0], None)
+    moments[x.shape[1] : -1] = running_var
+    moments[-1] = 1
+    mean, invstd, count = kernels.combine(moments, running_mean, x.dtype, None, None, 0.0, eps)
+    return kernels.elemt(x, mean, invstd, weight, bias), Saved(mean, invstd, count)
+
+
+def eval_backward(dy: Any, x: Any, weight: Any, saved: Saved, kernels: Any) -> tuple[Any, Any, Any]:
+    """Differentiates eval_forward: as backward, but mean and invstd are constants, and nothing is sent."""
+    c = x.shape[1]
+    sums = kernels.backward_reduce(dy, x, saved.mean)
+    no_sums = kernels.backward_reduce(dy[:0], x[:0], saved.mean)
+    return kernels.backward_elemt(dy, x, *saved, weight, no_sums), sums[c:] * saved.invstd, sums[:c]
+
+
+def refuse(moments: Any, comm: Any) -> None:
+    """Tells the other ranks, in place of this rank's statistics, that it raises an error instead of normalising.
+
+    Args:
+        moments: float64 of any content, as long as what the other ranks send.
+        comm: the communicator.
+
+    Collective:
+        the first all_reduce of forward, or that of backward.
+    """
+    moments[...] = float("nan")
+    comm.all_reduce(moments)
+
+
+def rank_prefix(comm: Any) -> str:
+    """Returns what an error message starts with: `[rank 3/8] `, or nothing in a world of one."""
+    return f"[rank {comm.rank}/{comm.world_size}] " if comm.world_size > 1 else ""
+
+
+def _check_count(count: Any, comm: Any) -> None:
+    """Raises, on all ranks alike, where there is no variance to take. Reads the count only where that is free."""
+    if str(getattr(count, "device", "cpu")) != "cpu":
+        return
+    elements = float(count)
+    if elements == 1:
+        raise ValueError(
+            f"{rank_prefix(comm)}expected more than 1 value per channel when training, over all ranks together; "
+            "got 1: use larger batches or inputs, or eval mode"
+        )
+    if elements != elements:
+        raise RuntimeError(
+            f"{rank_prefix(comm)}expected statistics from every rank; another rank refused its input and raised an "
+            "error: see that rank's message. The running statistics are untouched"
+        )

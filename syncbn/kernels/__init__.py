@@ -1,0 +1,41 @@
+"""The arithmetic of batch normalisation, as five kernels with one contract.
+
+Every module of this package implements exactly these functions. x, y, dy, dx have shape (n, c, s), with n and s
+possibly 0; `mean`, `invstd`, `weight` and `bias` have shape (c,). The accumulate dtype is float64 for float64 input and
+float32 otherwise.
+
+    stats(x, center)                             -> moments
+        (2c + 1,) float64 = [sum of x - center | sum of (x - center)^2 | n * s]; center is (c,) float64 or None for 0.
+    combine(moments, center, dtype, running_mean, running_var, momentum, eps)  -> mean, invstd, count
+        From the moments of all ranks. mean and invstd in the accumulate dtype of `dtype`, count () float64. Updates
+        running_mean and running_var in place, in their own dtype, unless both are None or count < 2.
+    elemt(x, mean, invstd, weight, bias)         -> y
+        (x - mean) * (invstd * weight) + bias, in x's dtype; weight and bias may be None.
+    backward_reduce(dy, x, mean)                 -> sums
+        (2c,) float64 = [sum of dy | sum of dy * (x - mean)].
+    backward_elemt(dy, x, mean, invstd, count, weight, sums)  -> dx
+        In x's dtype, from the sums of all ranks.
+
+| module    | arrays        | what it is                                                   |
+|-----------|---------------|--------------------------------------------------------------|
+| reference | ndarray       | NumPy, in float64, written like the formulas: the oracle     |
+| aten      | torch.Tensor  | plain torch operations, on any device that has float64       |
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+
+def select(x: Any) -> ModuleType:
+    """Returns the kernels that serve x, a torch tensor or an ndarray."""
+    if isinstance(x, np.ndarray):
+        from . import reference
+
+        return reference
+    from . import aten
+
+    return aten

@@ -1,0 +1,7 @@
+"""The PyTorch frontend."""
+
+from .convert import convert_sync_batchnorm, revert_sync_batchnorm
+from .layer import SyncBatchNorm
+from .loss import scale_loss
+
+__all__ = ["SyncBatchNorm", "convert_sync_batchnorm", "revert_sync_batchnorm", "scale_loss"]

@@ -1,0 +1,169 @@
+"""Conversion of a model's BatchNorm layers to SyncBatchNorm, and back.
+
+A layer is converted by changing its class, not by building another layer: everything else that makes it what it is stays
+(parameters, buffers, hooks, attributes, training mode, every reference to it from wherever), and so does the way back.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from ..comm import as_communicator
+from .layer import GroupHandle, SyncBatchNorm
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class BatchNormNd(_BatchNorm):
+    """nn.BatchNorm1d, 2d and 3d in one: what a SyncBatchNorm that was never converted reverts to."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected an input of at least 2 axes, (N, C, ...); got {input.dim()}: reshape it")
+
+
+class _Original(NamedTuple):
+    """What a converted layer was, kept in the layer."""
+
+    layer_class: type[_BatchNorm]
+    group: GroupHandle  # of a torch.nn.SyncBatchNorm
+
+
+_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNormNd)
+# Layers of timm that go on from batch normalisation to dropout and activation, known by name so as not to import timm.
+_NORM_ACT = ("BatchNormAct2d", "SyncBatchNormAct")
+
+
+def convert_sync_batchnorm(module: M, process_group: Any = None) -> M:
+    """Turns every BatchNorm layer of a model into a syncbn.SyncBatchNorm, in place.
+
+    Layers are the same objects afterwards, with another class: hooks, custom attributes, sharing, training mode and
+    requires_grad are untouched, and revert_sync_batchnorm is the exact inverse. Subclasses without a forward of their own
+    keep the rest of their behaviour, and timm's BatchNormAct2d its dropout and activation. Other subclasses with a forward
+    of their own are left as they are, and a warning names them.
+
+    Args:
+        module: the model; it may be a BatchNorm layer itself.
+        process_group: of every converted layer, and of every SyncBatchNorm already there; see syncbn.SyncBatchNorm. None
+            leaves the groups that torch.nn.SyncBatchNorm and syncbn.SyncBatchNorm layers have.
+
+    Returns:
+        module.
+
+    Raises:
+        ValueError: a lazy layer that has not seen its first batch; nothing is converted then.
+        TypeError, ValueError: process_group, as syncbn.SyncBatchNorm.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        >>> convert_sync_batchnorm(model)[1]
+        SyncBatchNorm(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
+        >>> type(revert_sync_batchnorm(model)[1]).__name__
+        'BatchNorm2d'
+    """
+    if process_group is not None:
+        as_communicator(process_group)
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)}
+    lazy = [name for name, layer in layers.items() if isinstance(layer, LazyModuleMixin)]
+    if lazy:
+        raise ValueError(
+            f"expected BatchNorm layers that know their number of channels; got the lazy layers {_names(lazy)}: send one "
+            "batch through the model before converting it"
+        )
+    unknown = []
+    for name, layer in layers.items():
+        if isinstance(layer, SyncBatchNorm):
+            if process_group is not None:
+                layer.process_group = process_group
+            continue
+        synchronised = _synchronised(type(layer))
+        if synchronised is None:
+            unknown.append(f"{name} ({type(layer).__name__})")
+            continue
+        # torch.nn.SyncBatchNorm keeps its group in an attribute of the name of our property.
+        own_group = layer.__dict__.pop("process_group", None)
+        layer._original = _Original(type(layer), GroupHandle(own_group))
+        layer.__class__ = synchronised
+        layer.process_group = own_group if process_group is None else process_group
+    if unknown:
+        warnings.warn(
+            f"left as they are, not synchronised, because their forward is their own: {_names(unknown)}", stacklevel=2
+        )
+    return module
+
+
+def revert_sync_batchnorm(module: M) -> M:
+    """Turns every SyncBatchNorm of a model back into what it was before convert_sync_batchnorm, in place.
+
+    A layer that was built as a SyncBatchNorm becomes a BatchNorm layer for inputs of any number of axes.
+
+    Args:
+        module: the model; it may be a SyncBatchNorm itself.
+
+    Returns:
+        module.
+    """
+    unknown = []
+    for name, layer in module.named_modules():
+        if not isinstance(layer, SyncBatchNorm):
+            continue
+        original = layer.__dict__.pop("_original", None)
+        if original is None and type(layer) is not SyncBatchNorm:
+            unknown.append(f"{name} ({type(layer).__name__})")
+            continue
+        del layer._group
+        layer.__class__ = BatchNormNd if original is None else original.layer_class
+        if isinstance(layer, nn.SyncBatchNorm):
+            layer.process_group = original.group.get()
+    if unknown:
+        warnings.warn(
+            f"left as they are, synchronised, because they are classes of their own: {_names(unknown)}", stacklevel=2
+        )
+    return module
+
+
+@functools.cache
+def _synchronised(original: type[_BatchNorm]) -> type[SyncBatchNorm] | None:
+    """Returns the class that a layer of class `original` gets, or None where its forward is not understood."""
+    if original in _PLAIN:
+        return SyncBatchNorm
+    definer = next(base for base in original.__mro__ if "forward" in base.__dict__)
+    if definer in (_BatchNorm, nn.SyncBatchNorm):
+        return _subclass(original, SyncBatchNorm.forward)
+    if definer.__name__ in _NORM_ACT and definer.__module__.partition(".")[0] == "timm":
+        return _subclass(original, _norm_act_forward)
+    return None
+
+
+def _norm_act_forward(self: Any, x: Tensor) -> Tensor:
+    return self.act(self.drop(SyncBatchNorm.forward(self, x)))
+
+
+def _subclass(original: type[_BatchNorm], forward: Callable[..., Tensor]) -> type[SyncBatchNorm]:
+    """Makes a class that is a SyncBatchNorm in its arithmetic and `original` in all else."""
+
+    def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
+        # The class has no name to be found by: pickles and copies make it anew from the original.
+        _, _, *state = super(layer_class, self).__reduce_ex__(protocol)
+        return _new_layer, (original,), *state
+
+    members = {"forward": forward, "__reduce_ex__": __reduce_ex__, "__module__": original.__module__}
+    layer_class = type(f"Sync{original.__name__.removeprefix('Sync')}", (SyncBatchNorm, original), members)
+    return layer_class
+
+
+def _new_layer(original: type[_BatchNorm]) -> SyncBatchNorm:
+    layer_class = _synchronised(original)
+    assert layer_class is not None  # it was made from this original before
+    return layer_class.__new__(layer_class)
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(name or "the module itself" for name in names)

@@ -1,0 +1,135 @@
+"""The SyncBatchNorm layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..comm import LocalCommunicator, as_communicator
+from ..functional import batch_stats_norm, running_stats_norm
+
+
+class SyncBatchNorm(_BatchNorm):
+    """Batch normalisation over the batch of all ranks: torch.nn.SyncBatchNorm, on CPUs too.
+
+    P ranks with a part of a batch each compute what nn.BatchNorm computes on the whole: outputs, input gradients and
+    running statistics. Gradients of weight and bias are each rank's own sums, which DistributedDataParallel averages like
+    all others (syncbn.scale_loss makes that average right when the ranks' batches differ in size).
+
+    Args:
+        num_features: C.
+        eps: added to the variance.
+        momentum: weight of a new batch in the running statistics; None for their cumulative average.
+        affine: whether to learn weight and bias.
+        track_running_stats: whether to keep running_mean, running_var and num_batches_tracked. Without them evaluation
+            normalises by the statistics of this rank's batch.
+        process_group: None (the default group, or this process alone while torch.distributed is not initialised), a
+            ProcessGroup, a one-dimensional DeviceMesh or a syncbn.comm.Communicator. A copy of the layer keeps it; a
+            pickled layer loses it, and says so when it is trained before `layer.process_group` is set again.
+        device, dtype: of the parameters and buffers.
+        **newer: further keywords of the installed torch's BatchNorm, e.g. bias=False.
+
+    Shape:
+        input: (N, C, ...), of any memory format; N may be 0 and may differ between ranks. The result: as input.
+
+    Collective:
+        In training mode one all_reduce of 2C + 1 float64 forward (float64 input: two), one of 2C float64 backward, in
+        which all ranks of the group take part. In evaluation mode, hence with frozen statistics, none.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as syncbn.functional.sync_batch_norm, on all ranks together; the layer is
+            then as before.
+
+    Example:
+        >>> import torch
+        >>> layer = SyncBatchNorm(3)
+        >>> layer
+        SyncBatchNorm(3, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
+        >>> layer(torch.randn(4, 3, 8, 8)).shape
+        torch.Size([4, 3, 8, 8])
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: Any = None,
+        **newer: Any,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **newer)
+        self.process_group = process_group
+
+    @property
+    def process_group(self) -> Any:
+        """The ranks that normalise together, as given; set it to change them."""
+        return self._group.get()
+
+    @process_group.setter
+    def process_group(self, process_group: Any) -> None:
+        if process_group is not None:
+            as_communicator(process_group)  # refuse what is no group here, not at the first batch
+        self._group = GroupHandle(process_group)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalises input; see the class."""
+        if not self.training and self.running_mean is not None:
+            return running_stats_norm(input, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        comm = as_communicator(self.process_group) if self.training else LocalCommunicator()
+        if not (self.training and self.track_running_stats):
+            return batch_stats_norm(input, None, None, self.weight, self.bias, 0.0, self.eps, comm)[0]
+        momentum: Any = self.momentum
+        if momentum is None:
+            # A tensor, for the number of batches is on the device: 1 / (batches with this one).
+            momentum = (self.num_batches_tracked + 1).double().reciprocal()
+        y, count = batch_stats_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, momentum, self.eps, comm
+        )
+        # As the running statistics, untouched by a batch that had no variance to take.
+        self.num_batches_tracked.add_(count > 1)
+        return y
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Nothing: forward's own checks cover every number of axes."""
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
+        """syncbn.convert_sync_batchnorm, where torch.nn.SyncBatchNorm has it."""
+        from .convert import convert_sync_batchnorm
+
+        return convert_sync_batchnorm(module, process_group)
+
+
+class GroupHandle:
+    """Keeps a process group in a layer: shared by copies, left behind by pickles, for it names live connections."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+
+    def get(self) -> Any:
+        return self._group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GroupHandle:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return GroupHandle, (None if self._group is None else _LostGroup(),)
+
+
+class _LostGroup:
+    """In place of a group that a pickled layer had: training on the default group instead would be silently wrong."""
+
+    rank = 0
+    world_size = 1
+
+    def all_reduce(self, buffer: Any) -> None:
+        raise RuntimeError(
+            "expected a process group; got a layer that was pickled with one, which no pickle can hold: set "
+            "layer.process_group (None for the default group) before training it"
+        )

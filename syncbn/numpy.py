@@ -1,0 +1,193 @@
+"""The NumPy frontend: a layer with explicit forward and backward, for data-parallel training without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from . import core
+from .comm import Communicator, LocalCommunicator
+from .kernels import select
+from .layout import Layout, check_arguments, layout_of
+
+Array = NDArray[Any]
+_STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+class SyncBatchNorm:
+    """Batch normalisation of ndarrays over the batch of all ranks, with the mathematics of syncbn.SyncBatchNorm.
+
+    Args:
+        num_features: C.
+        eps: added to the variance.
+        momentum: weight of a new batch in the running statistics; None for their cumulative average.
+        affine: whether to have weight and bias.
+        track_running_stats: whether to keep running_mean, running_var and num_batches_tracked. Without them evaluation
+            normalises by the statistics of this rank's batch.
+        comm: a syncbn.comm.Communicator, or None for this process alone.
+        dtype: of the parameters and running statistics, float16, float32 or float64.
+
+    Attributes:
+        weight, bias: (C,), or None.
+        running_mean, running_var: (C,), or None.
+        num_batches_tracked: () int64, or None.
+        grad_weight, grad_bias: (C,), after backward: this rank's own sums, to be averaged or summed over ranks like
+            every other gradient.
+        training: the mode; see train and eval.
+
+    Shape:
+        forward's x and backward's dy: (N, C, ...), float16, float32 or float64; N may be 0 and may differ between ranks.
+
+    Collective:
+        In training mode one all_reduce of 2C + 1 float64 forward (float64 x: two), one of 2C float64 backward; every rank
+        must call both. In evaluation mode none.
+
+    Example:
+        >>> layer = SyncBatchNorm(2)
+        >>> layer.forward(np.array([[1, 5], [3, 9]], np.float32)).round(3)
+        array([[-1., -1.],
+               [ 1.,  1.]], dtype=float32)
+        >>> layer.backward(np.ones((2, 2), np.float32)), layer.grad_bias
+        (array([[0., 0.],
+               [0., 0.]], dtype=float32), array([2., 2.], dtype=float32))
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        comm: Communicator | None = None,
+        dtype: DTypeLike = np.float32,
+    ) -> None:
+        if comm is not None and not isinstance(comm, Communicator):
+            raise TypeError(
+                "expected comm to be a Communicator (rank, world_size, all_reduce) or None; got "
+                f"{type(comm).__name__}: see syncbn.comm.Communicator"
+            )
+        if np.dtype(dtype) not in (np.float16, np.float32, np.float64):
+            raise TypeError(f"expected dtype to be float16, float32 or float64; got {np.dtype(dtype)}")
+        self.num_features, self.eps, self.momentum = num_features, eps, momentum
+        self.affine, self.track_running_stats = affine, track_running_stats
+        self.comm: Communicator = LocalCommunicator() if comm is None else comm
+        self.training = True
+        self.weight: Array | None = np.ones(num_features, dtype) if affine else None
+        self.bias: Array | None = np.zeros(num_features, dtype) if affine else None
+        self.running_mean: Array | None = np.zeros(num_features, dtype) if track_running_stats else None
+        self.running_var: Array | None = np.ones(num_features, dtype) if track_running_stats else None
+        self.num_batches_tracked: Array | None = np.array(0, np.int64) if track_running_stats else None
+        self.grad_weight: Array | None = None
+        self.grad_bias: Array | None = None
+        self._saved: tuple[Array, Layout, core.Saved, Communicator | None] | None = None
+
+    def train(self, mode: bool = True) -> SyncBatchNorm:
+        """Sets training mode (statistics of the batch, synchronised) and returns the layer."""
+        self.training = mode
+        return self
+
+    def eval(self) -> SyncBatchNorm:
+        """Sets evaluation mode (running statistics, nothing sent) and returns the layer."""
+        return self.train(False)
+
+    def forward(self, x: Array) -> Array:
+        """Normalises x, (N, C, ...), and keeps what backward needs, x itself included.
+
+        Raises:
+            TypeError: x is no ndarray of a floating dtype.
+            ValueError: shapes that do not fit, or a single element per channel over all ranks.
+            RuntimeError: another rank raised one of these; no rank is left waiting.
+        """
+        comm = self.comm if self.training else LocalCommunicator()
+        try:
+            if not isinstance(x, np.ndarray):
+                raise TypeError(f"expected x to be a numpy.ndarray; got {type(x).__name__}: convert it first")
+            check_arguments(x, self.weight, self.bias, self.running_mean, self.running_var)
+        except (TypeError, ValueError) as error:
+            core.refuse(np.empty(2 * self.num_features + 1), comm)
+            raise type(error)(f"{core.rank_prefix(comm)}{error}") from None
+        layout = layout_of(x)
+        flat = layout.flatten(x)
+        kernels = select(flat)
+        if self.training or self.running_mean is None:
+            y, saved = self._normalise_by_batch(flat, kernels, comm)
+            self._saved = x, layout, saved, comm
+        else:
+            y, saved = core.eval_forward(
+                flat, self.weight, self.bias, self.running_mean, self.running_var, self.eps, kernels
+            )
+            self._saved = x, layout, saved, None
+        return layout.restore(y)
+
+    def _normalise_by_batch(self, flat: Array, kernels: Any, comm: Communicator) -> tuple[Array, core.Saved]:
+        if not (self.training and self.track_running_stats):
+            return core.forward(flat, self.weight, self.bias, None, None, 0.0, self.eps, kernels, comm)
+        assert self.num_batches_tracked is not None
+        momentum = 1.0 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum
+        y, saved = core.forward(
+            flat, self.weight, self.bias, self.running_mean, self.running_var, momentum, self.eps, kernels, comm
+        )
+        # As the running statistics, untouched by a batch that had no variance to take.
+        self.num_batches_tracked += saved.count > 1
+        return y, saved
+
+    def backward(self, dy: Array) -> Array:
+        """Returns dx for the latest forward, and sets grad_weight and grad_bias.
+
+        Args:
+            dy: the gradient of forward's result, of its shape.
+
+        Raises:
+            RuntimeError: forward has not been called.
+            ValueError: dy has another shape than forward's result. The other ranks get a dx of NaN instead of waiting.
+        """
+        if self._saved is None:
+            raise RuntimeError("expected backward after forward; got no forward: call forward(x) first")
+        x, layout, saved, comm = self._saved
+        if np.shape(dy) != x.shape:
+            if comm is not None:
+                core.refuse(np.empty(2 * self.num_features), comm)
+            raise ValueError(f"expected dy of forward's shape, {x.shape}; got {np.shape(dy)}: pass the gradient of y")
+        flat, flat_dy = layout.flatten(x), layout.flatten(np.asarray(dy))
+        kernels = select(flat)
+        if comm is None:
+            dx, grad_weight, grad_bias = core.eval_backward(flat_dy, flat, self.weight, saved, kernels)
+        else:
+            dx, grad_weight, grad_bias = core.backward(flat_dy, flat, self.weight, saved, kernels, comm)
+        self.grad_weight = None if self.weight is None else grad_weight.astype(self.weight.dtype)
+        self.grad_bias = None if self.bias is None else grad_bias.astype(self.bias.dtype)
+        return layout.restore(dx)
+
+    def state_dict(self) -> dict[str, Array]:
+        """Returns copies of the parameters and running statistics, under the names of torch's layer."""
+        values = {name: getattr(self, name) for name in _STATE}
+        return {name: value.copy() for name, value in values.items() if value is not None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over the values of a state_dict, of this layer or (on the CPU) of torch's.
+
+        Raises:
+            KeyError: a name is missing, or is none of this layer's. The layer is then as before.
+            ValueError: a value has another shape than this layer's. The layer is then as before.
+        """
+        own = {name: value for name in _STATE if (value := getattr(self, name)) is not None}
+        if set(state) != set(own):
+            raise KeyError(f"expected the names {sorted(own)}; got {sorted(state)}: was the layer built differently?")
+        new = {name: np.asarray(state[name]) for name in own}
+        for name, value in own.items():
+            if new[name].shape != value.shape:
+                raise ValueError(
+                    f"expected {name} of shape {value.shape}; got {new[name].shape}: was the layer built differently?"
+                )
+        for name, value in own.items():
+            value[...] = new[name]
+
+    def __repr__(self) -> str:
+        return (
+            f"SyncBatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"track_running_stats={self.track_running_stats})"
+        )
