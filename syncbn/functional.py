@@ -57,7 +57,8 @@ def sync_batch_norm(
 
     Raises:
         TypeError: an input that is not of a floating dtype, or a process_group of an unknown type.
-        ValueError: shapes that do not fit, a group this process is not in, or a single element per channel over all ranks.
+        ValueError: shapes that do not fit, a group this process is not in, or a single element per channel over all
+            ranks.
         RuntimeError: another rank raised one of these; no rank is left waiting.
     """
     comm = as_communicator(process_group) if training else LocalCommunicator()
@@ -89,7 +90,7 @@ def batch_stats_norm(
             c = input.shape[1] if given is None else given.numel()
             core.refuse(torch.empty(2 * c + 1, dtype=torch.float64, device=input.device), comm)
         raise type(error)(f"{core.rank_prefix(comm)}{error}") from None
-    y, count = _BatchStatsNorm.apply(
+    y, count = _BatchStatsNorm.apply(  # type: ignore[no-untyped-call]
         input, weight, bias, running_mean, running_var, momentum, eps, layout_of(input), comm
     )
     return y, count
@@ -110,8 +111,14 @@ def running_stats_norm(
             "expected running_mean and running_var when not training; got None: pass them, or training=True"
         )
     if torch.is_grad_enabled():
-        # Backward reads them: DistributedDataParallel's broadcast of buffers at the next forward must not invalidate it.
+        # Backward reads them: DistributedDataParallel's broadcast of buffers at the next forward must not invalidate
+        # it.
         running_mean, running_var = running_mean.clone(), running_var.clone()
+    if any(v is not None and v.dtype != input.dtype for v in (running_mean, running_var, weight, bias)):
+        # torch takes parameters of the input's dtype or, for narrow input, of float32: other mixtures are cast.
+        accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
+        running_mean, running_var = running_mean.to(accumulate), running_var.to(accumulate)
+        weight, bias = (None if v is None else v.to(accumulate) for v in (weight, bias))
     return F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
 
 
@@ -143,7 +150,7 @@ class _BatchStatsNorm(torch.autograd.Function):
         return layout.restore(y), saved.count
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         # The sums are sent whatever this rank needs, for another may need what this one does not.
         input, weight, *saved = ctx.saved_tensors

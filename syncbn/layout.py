@@ -65,8 +65,8 @@ def check_arguments(x: Any, weight: Any, bias: Any, running_mean: Any, running_v
 
     Raises:
         TypeError: x is of none of the dtypes float16, bfloat16, float32, float64.
-        ValueError: x has fewer than two axes, no channels, or a number of channels that does not fit the vectors; or one of
-            running_mean and running_var alone is given.
+        ValueError: x has fewer than two axes, no channels, or a number of channels that does not fit the vectors; or
+            one of running_mean and running_var alone is given.
     """
     shape = tuple(x.shape)
     if len(shape) < 2:
@@ -80,8 +80,8 @@ def check_arguments(x: Any, weight: Any, bias: Any, running_mean: Any, running_v
     for name, got in given.items():
         if len(got) != 1 or got != expected:
             raise ValueError(
-                f"expected weight, bias, running_mean and running_var of one shape, (C,); got {name} of shape {got} beside "
-                f"{expected}: was it replaced, or loaded from another layer?"
+                f"expected weight, bias, running_mean and running_var of one shape, (C,); got {name} of shape {got} "
+                f"beside {expected}: was it replaced, or loaded from another layer?"
             )
     if shape[1] == 0 or (shape[1],) != expected:
         wanted = f"{expected[0]} channels" if given else "at least 1 channel"

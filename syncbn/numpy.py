@@ -39,11 +39,12 @@ class SyncBatchNorm:
         training: the mode; see train and eval.
 
     Shape:
-        forward's x and backward's dy: (N, C, ...), float16, float32 or float64; N may be 0 and may differ between ranks.
+        forward's x and backward's dy: (N, C, ...), float16, float32 or float64; N may be 0 and may differ between
+        ranks.
 
     Collective:
-        In training mode one all_reduce of 2C + 1 float64 forward (float64 x: two), one of 2C float64 backward; every rank
-        must call both. In evaluation mode none.
+        In training mode one all_reduce of 2C + 1 float64 forward (float64 x: two), one of 2C float64 backward; every
+        rank must call both. In evaluation mode none.
 
     Example:
         >>> layer = SyncBatchNorm(2)
@@ -121,7 +122,8 @@ class SyncBatchNorm:
                 flat, self.weight, self.bias, self.running_mean, self.running_var, self.eps, kernels
             )
             self._saved = x, layout, saved, None
-        return layout.restore(y)
+        result: Array = layout.restore(y)
+        return result
 
     def _normalise_by_batch(self, flat: Array, kernels: Any, comm: Communicator) -> tuple[Array, core.Saved]:
         if not (self.training and self.track_running_stats):
@@ -160,7 +162,8 @@ class SyncBatchNorm:
             dx, grad_weight, grad_bias = core.backward(flat_dy, flat, self.weight, saved, kernels, comm)
         self.grad_weight = None if self.weight is None else grad_weight.astype(self.weight.dtype)
         self.grad_bias = None if self.bias is None else grad_bias.astype(self.bias.dtype)
-        return layout.restore(dx)
+        result: Array = layout.restore(dx)
+        return result
 
     def state_dict(self) -> dict[str, Array]:
         """Returns copies of the parameters and running statistics, under the names of torch's layer."""

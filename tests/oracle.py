@@ -43,11 +43,11 @@ def batch_norm(
 
     Returns:
         The truth, and the greatest permitted distance from it for inputs of that dtype. The distance follows from
-        the arithmetic in which a result is computed: with u the roundoff of the accumulate dtype (float64 for float64, else
-        float32) and a = 2^-53 * (16 + sqrt(N)) that of float64 sums of N terms, mean is rounded by u |mean|, a variance
-        taken as E[x^2] - mean^2 is off by a (var + mean^2) (float64 input: a var, for there it is centred), and the rest
-        is propagated to first order; each further operation adds u of its result. Results in a narrower dtype add its
-        roundoff, or half of its smallest number.
+        the arithmetic in which a result is computed: with u the roundoff of the accumulate dtype (float64 for
+        float64, else float32) and a = 2^-53 * (16 + sqrt(N)) that of float64 sums of N terms, mean is rounded by u
+        |mean|, a variance taken as E[x^2] - mean^2 is off by a (var + mean^2) (float64 input: a var, for there it is
+        centred), and the rest is propagated to first order; each further operation adds u of its result. Results in a
+        narrower dtype add its roundoff, or half of its smallest number.
     """
 
     def store_off(v: Any) -> Any:
@@ -76,7 +76,9 @@ def batch_norm(
 
     def y_off(v: Any) -> Any:
         scaled = abs((v - mean) * k)
-        return abs(k) * mean_off + scaled * (2 * u + k_off / abs(k)) + u * (abs(bias) + abs(y_of(v))) + store_off(y_of(v))
+        return (
+            abs(k) * mean_off + scaled * (2 * u + k_off / abs(k)) + u * (abs(bias) + abs(y_of(v))) + store_off(y_of(v))
+        )
 
     def dx_of(v: Any, g: Any) -> Any:
         return k * (g - mean_dy - (v - mean) * invstd * mean_dyx)
@@ -93,14 +95,15 @@ def batch_norm(
 
     grad_weight = [(g * (v - mean) * invstd).sum(0) for v, g in zip(flat_x, flat_dy, strict=True)]
     grad_weight_off = [
-        mean_off * invstd * abs(g.sum(0)) + (a + 3 * u + 0.5 * var_off / (var + eps)) * abs(g * (v - mean) * invstd).sum(0)
+        mean_off * invstd * abs(g.sum(0))
+        + (a + 3 * u + 0.5 * var_off / (var + eps)) * abs(g * (v - mean) * invstd).sum(0)
         for v, g in zip(flat_x, flat_dy, strict=True)
     ]
     unbiased = n / max(n - 1, 1)
     truth = Results(
         mean=mean,
         var=var,
-        y=by_part(lambda v, g: y_of(v)),  # noqa: ARG005
+        y=by_part(lambda v, g: y_of(v)),
         dx=by_part(dx_of),
         grad_weight=grad_weight,
         grad_bias=[g.sum(0) for g in flat_dy],
@@ -110,7 +113,7 @@ def batch_norm(
     allowed = Results(
         mean=mean_off,
         var=var_off,
-        y=by_part(lambda v, g: y_off(v)),  # noqa: ARG005
+        y=by_part(lambda v, g: y_off(v)),
         dx=by_part(dx_off),
         grad_weight=grad_weight_off,
         grad_bias=[(a + u) * abs(g).sum(0) for g in flat_dy],
@@ -141,6 +144,8 @@ def worst(got: Any, truth: Any, allowed: Any) -> float:
     if not got.size:
         return 0.0
     distance = abs(got - truth)
-    return float(np.where(distance == 0, 0.0, distance / np.maximum(allowed, 1e-300)).max(initial=0.0)) if np.isfinite(
-        distance
-    ).all() else float("inf")
+    return (
+        float(np.where(distance == 0, 0.0, distance / np.maximum(allowed, 1e-300)).max(initial=0.0))
+        if np.isfinite(distance).all()
+        else float("inf")
+    )

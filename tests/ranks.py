@@ -2,8 +2,8 @@
 
     run_ranks(fn, 3, "thread", *args)  ->  [fn(rank, group, *args) for each rank], all running at once
 
-`group` serves as process_group. A failing rank's own error is raised, and no rank is left behind, whether a rank raises,
-hangs or exits.
+`group` serves as process_group. A failing rank's own error is raised, and no rank is left behind, whether a rank
+raises, hangs or exits.
 """
 
 from __future__ import annotations
@@ -150,7 +150,9 @@ def _run_gloo(fn: Callable[..., Any], world_size: int, args: tuple[Any, ...], ti
                     deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         for receiver, rank in waiting.items():
             processes[rank].kill()
-            outcomes[rank] = _Failure(TimeoutError(), f"no answer within {timeout} s, or {GRACE_SECONDS} s of a failure")
+            outcomes[rank] = _Failure(
+                TimeoutError(), f"no answer within {timeout} s, or {GRACE_SECONDS} s of a failure"
+            )
             receiver.close()
         for process in processes:
             process.join()

@@ -21,7 +21,9 @@ def rounded(array: Any, dtype: str) -> Any:
     return torch.as_tensor(array).to(DTYPES[dtype]).double().numpy()
 
 
-def batch(seed: int, shapes: list[tuple[int, ...]], dtype: str = "float32", mean: float = 0.0) -> tuple[list[Any], list[Any]]:
+def batch(
+    seed: int, shapes: list[tuple[int, ...]], dtype: str = "float32", mean: float = 0.0
+) -> tuple[list[Any], list[Any]]:
     """Returns xs, with channel means around `mean` and standard deviations around 1, and dys, one per shape."""
     rng = np.random.default_rng(seed)
     c = shapes[0][1]
@@ -43,7 +45,7 @@ def torch_step(
     layer: nn.Module | None = None,
     formats: tuple[str, str] = ("contiguous", "contiguous"),
 ) -> dict[str, Any]:
-    """Runs forward and backward on part `rank`. layer: by default a SyncBatchNorm of the group with random parameters."""
+    """Runs forward and backward on part `rank`, by default of a SyncBatchNorm of the group with `parameters`."""
     if layer is None:
         layer = torch_layer(xs[0].shape[1], dtype)
         layer.process_group = group
@@ -86,7 +88,7 @@ def parameters(c: int) -> tuple[Any, Any]:
     return weight.astype(np.float32).astype(np.float64), bias.astype(np.float32).astype(np.float64)
 
 
-def in_format(x: torch.Tensor, format: str) -> torch.Tensor:  # noqa: A002
+def in_format(x: torch.Tensor, format: str) -> torch.Tensor:
     """Returns x with the strides of that name."""
     if format == "channels_last":
         return x.to(memory_format=torch.channels_last_3d if x.dim() == 5 else torch.channels_last)
@@ -111,7 +113,9 @@ def distances(results: list[dict[str, Any]], xs: list[Any], dys: list[Any], dtyp
     return worst
 
 
-def assert_equals_whole_batch(results: list[dict[str, Any]], xs: list[Any], dys: list[Any], dtype: str = "float32") -> None:
+def assert_equals_whole_batch(
+    results: list[dict[str, Any]], xs: list[Any], dys: list[Any], dtype: str = "float32"
+) -> None:
     """Asserts that the ranks' results are those of the concatenated batch, each quantity for itself."""
     worst = distances(results, xs, dys, dtype)
     for name in oracle.FIELDS:

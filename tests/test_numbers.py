@@ -140,7 +140,9 @@ def _assert_same_bits(case, launcher, world_sizes):
         assert torch.equal(y, whole_y), f"y of case {case}, {dtype}, at {cuts}"
         for rank, (found, _) in enumerate(results):
             for name, value in found.items():
-                assert torch.equal(value, whole_results[name]), f"{name} of case {case}, {dtype}, rank {rank}, at {cuts}"
+                assert torch.equal(value, whole_results[name]), (
+                    f"{name} of case {case}, {dtype}, rank {rank}, at {cuts}"
+                )
 
 
 @pytest.mark.parametrize("case", range(50))

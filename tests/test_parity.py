@@ -1,4 +1,4 @@
-"""P ranks equal one rank on the concatenated batch: the law of the library, for every split, dtype and memory format."""
+"""P ranks equal one rank on the concatenated batch, for every split, dtype and memory format: the law."""
 
 import pytest
 import torch
@@ -57,7 +57,9 @@ def test_unsynchronised_batch_norm_differs_from_the_whole_batch():
     assert all(worst[name] > 1000 for name in ("y", "dx", "grad_weight", "running_mean", "running_var")), worst
 
 
-@pytest.mark.parametrize("formats", [(a, b) for a in ("contiguous", "channels_last") for b in ("strided", "channels_last")])
+@pytest.mark.parametrize(
+    "formats", [(a, b) for a in ("contiguous", "channels_last") for b in ("strided", "channels_last")]
+)
 def test_batches_larger_than_a_tile_equal_the_whole_batch(formats, monkeypatch):
     from syncbn.kernels import aten
 

@@ -103,7 +103,12 @@ def test_trap_17_momentum_none_and_zero_equal_batch_norm(momentum):
 @pytest.mark.parametrize("dim", [2, 4])
 @pytest.mark.parametrize(
     "options",
-    [{"track_running_stats": False}, {"affine": False}, {"bias": False}, {"affine": False, "track_running_stats": False}],
+    [
+        {"track_running_stats": False},
+        {"affine": False},
+        {"bias": False},
+        {"affine": False, "track_running_stats": False},
+    ],
     ids=lambda options: "-".join(options),
 )
 def test_trap_18_missing_parts_equal_batch_norm(options, dim):
@@ -134,7 +139,7 @@ def test_trap_19_every_pair_of_memory_formats(shape, x_format, dy_format):
 
 
 @pytest.mark.parametrize("format", ["contiguous", "channels_last"])
-def test_trap_19_the_memory_format_is_kept(format):  # noqa: A002
+def test_trap_19_the_memory_format_is_kept(format):
     memory_format = getattr(torch, "contiguous_format" if format == "contiguous" else format)
     x = torch.randn(2, 3, 4, 5).to(memory_format=memory_format).requires_grad_()
     y = syncbn.SyncBatchNorm(3)(x)

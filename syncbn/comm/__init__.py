@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from typing import Any, Protocol, runtime_checkable
 
-from .local import LocalCommunicator
+from .local import LocalCommunicator as LocalCommunicator
 
 
 @runtime_checkable
@@ -44,8 +44,8 @@ def as_communicator(group: Any) -> Communicator:
     """Returns the communicator that a `process_group` argument stands for.
 
     Args:
-        group: None (torch.distributed's default group where it is initialised, else this process alone), a ProcessGroup,
-            a one-dimensional DeviceMesh, or a Communicator.
+        group: None (torch.distributed's default group where it is initialised, else this process alone), a
+            ProcessGroup, a one-dimensional DeviceMesh, or a Communicator.
 
     Raises:
         TypeError: anything else.

@@ -2,8 +2,8 @@
 
 Arrays are worked through in tiles, so that no temporary of the input's size exists: a tile's float64 copy stays in the
 cache. Sums are in float64, element-wise work in the accumulate dtype. Each element-wise operation rounds on its own (no
-addcmul, whose fused multiply-add would differ between vector body and tail), so that an element's result does not depend
-on where the batch was cut.
+addcmul, whose fused multiply-add would differ between vector body and tail), so that an element's result does not
+depend on where the batch was cut.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def backward_reduce(dy: Tensor, x: Tensor, mean: Tensor) -> Tensor:
 def backward_elemt(
     dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, count: Tensor, weight: Tensor | None, sums: Tensor
 ) -> Tensor:
-    """weight * invstd * (dy - sum_dy / N - (x - mean) * invstd^2 * sum_dy_xmu / N). See the package's contract."""
+    """The gradient: weight * invstd * (dy - sum_dy / N - (x - mean) * invstd^2 * sum_dy_xmu / N). See the contract."""
     c = x.shape[1]
     n = count.clamp(min=1)
     mean_dy = (sums[:c] / n).to(mean.dtype)

@@ -105,11 +105,12 @@ def backward_reduce(dy: Array, x: Array, mean: Array) -> Array:
 def backward_elemt(
     dy: Array, x: Array, mean: Array, invstd: Array, count: Array, weight: Array | None, sums: Array
 ) -> Array:
-    """weight * invstd * (dy - sum_dy / N - (x - mean) * invstd^2 * sum_dy_xmu / N). See the package's contract."""
+    """The gradient: weight * invstd * (dy - sum_dy / N - (x - mean) * invstd^2 * sum_dy_xmu / N). See the contract."""
     c = x.shape[1]
     n = np.maximum(count, 1)
     mean_dy, slope = _row(sums[:c] / n), _row(sums[c:] / n * np.square(invstd, dtype=np.float64))
-    return ((dy - mean_dy - (x - _row(mean)) * slope) * _scale(invstd, weight)).astype(x.dtype)
+    dx: Array = (dy - mean_dy - (x - _row(mean)) * slope) * _scale(invstd, weight)
+    return dx.astype(x.dtype)
 
 
 def _scale(invstd: Array, weight: Array | None) -> Array:

@@ -1,7 +1,8 @@
 """Conversion of a model's BatchNorm layers to SyncBatchNorm, and back.
 
-A layer is converted by changing its class, not by building another layer: everything else that makes it what it is stays
-(parameters, buffers, hooks, attributes, training mode, every reference to it from wherever), and so does the way back.
+A layer is converted by changing its class, not by building another layer: everything else that makes it what it is
+stays (parameters, buffers, hooks, attributes, training mode, every reference to it from wherever), and so does the
+way back.
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ def convert_sync_batchnorm(module: M, process_group: Any = None) -> M:
     """Turns every BatchNorm layer of a model into a syncbn.SyncBatchNorm, in place.
 
     Layers are the same objects afterwards, with another class: hooks, custom attributes, sharing, training mode and
-    requires_grad are untouched, and revert_sync_batchnorm is the exact inverse. Subclasses without a forward of their own
-    keep the rest of their behaviour, and timm's BatchNormAct2d its dropout and activation. Other subclasses with a forward
-    of their own are left as they are, and a warning names them.
+    requires_grad are untouched, and revert_sync_batchnorm is the exact inverse. Subclasses without a forward of their
+    own keep the rest of their behaviour, and timm's BatchNormAct2d its dropout and activation. Other subclasses with a
+    forward of their own are left as they are, and a warning names them.
 
     Args:
         module: the model; it may be a BatchNorm layer itself.
-        process_group: of every converted layer, and of every SyncBatchNorm already there; see syncbn.SyncBatchNorm. None
-            leaves the groups that torch.nn.SyncBatchNorm and syncbn.SyncBatchNorm layers have.
+        process_group: of every converted layer, and of every SyncBatchNorm already there; see syncbn.SyncBatchNorm.
+            None leaves the groups that torch.nn.SyncBatchNorm and syncbn.SyncBatchNorm layers have.
 
     Returns:
         module.
@@ -74,8 +75,8 @@ def convert_sync_batchnorm(module: M, process_group: Any = None) -> M:
     lazy = [name for name, layer in layers.items() if isinstance(layer, LazyModuleMixin)]
     if lazy:
         raise ValueError(
-            f"expected BatchNorm layers that know their number of channels; got the lazy layers {_names(lazy)}: send one "
-            "batch through the model before converting it"
+            f"expected BatchNorm layers that know their number of channels; got the lazy layers {_names(lazy)}: send "
+            "one batch through the model before converting it"
         )
     unknown = []
     for name, layer in layers.items():
@@ -89,7 +90,7 @@ def convert_sync_batchnorm(module: M, process_group: Any = None) -> M:
             continue
         # torch.nn.SyncBatchNorm keeps its group in an attribute of the name of our property.
         own_group = layer.__dict__.pop("process_group", None)
-        layer._original = _Original(type(layer), GroupHandle(own_group))
+        layer.__dict__["_original"] = _Original(type(layer), GroupHandle(own_group))
         layer.__class__ = synchronised
         layer.process_group = own_group if process_group is None else process_group
     if unknown:
@@ -119,9 +120,10 @@ def revert_sync_batchnorm(module: M) -> M:
             unknown.append(f"{name} ({type(layer).__name__})")
             continue
         del layer._group
-        layer.__class__ = BatchNormNd if original is None else original.layer_class
-        if isinstance(layer, nn.SyncBatchNorm):
-            layer.process_group = original.group.get()
+        layer_class: Any = BatchNormNd if original is None else original.layer_class
+        layer.__class__ = layer_class
+        if issubclass(layer_class, nn.SyncBatchNorm):
+            layer.__dict__["process_group"] = original.group.get()
     if unknown:
         warnings.warn(
             f"left as they are, synchronised, because they are classes of their own: {_names(unknown)}", stacklevel=2
@@ -129,8 +131,7 @@ def revert_sync_batchnorm(module: M) -> M:
     return module
 
 
-@functools.cache
-def _synchronised(original: type[_BatchNorm]) -> type[SyncBatchNorm] | None:
+def _synchronised(original: Any) -> type[SyncBatchNorm] | None:
     """Returns the class that a layer of class `original` gets, or None where its forward is not understood."""
     if original in _PLAIN:
         return SyncBatchNorm
@@ -143,20 +144,20 @@ def _synchronised(original: type[_BatchNorm]) -> type[SyncBatchNorm] | None:
 
 
 def _norm_act_forward(self: Any, x: Tensor) -> Tensor:
-    return self.act(self.drop(SyncBatchNorm.forward(self, x)))
+    y: Tensor = self.act(self.drop(SyncBatchNorm.forward(self, x)))
+    return y
 
 
-def _subclass(original: type[_BatchNorm], forward: Callable[..., Tensor]) -> type[SyncBatchNorm]:
+@functools.cache
+def _subclass(original: Any, forward: Callable[..., Tensor]) -> type[SyncBatchNorm]:
     """Makes a class that is a SyncBatchNorm in its arithmetic and `original` in all else."""
 
-    def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
+    def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
         # The class has no name to be found by: pickles and copies make it anew from the original.
-        _, _, *state = super(layer_class, self).__reduce_ex__(protocol)
-        return _new_layer, (original,), *state
+        return _new_layer, (original,), *nn.Module.__reduce_ex__(self, protocol)[2:]
 
-    members = {"forward": forward, "__reduce_ex__": __reduce_ex__, "__module__": original.__module__}
-    layer_class = type(f"Sync{original.__name__.removeprefix('Sync')}", (SyncBatchNorm, original), members)
-    return layer_class
+    members = {"forward": forward, "__reduce_ex__": reduce, "__module__": original.__module__}
+    return type(f"Sync{original.__name__.removeprefix('Sync')}", (SyncBatchNorm, original), members)
 
 
 def _new_layer(original: type[_BatchNorm]) -> SyncBatchNorm:

@@ -15,8 +15,8 @@ class SyncBatchNorm(_BatchNorm):
     """Batch normalisation over the batch of all ranks: torch.nn.SyncBatchNorm, on CPUs too.
 
     P ranks with a part of a batch each compute what nn.BatchNorm computes on the whole: outputs, input gradients and
-    running statistics. Gradients of weight and bias are each rank's own sums, which DistributedDataParallel averages like
-    all others (syncbn.scale_loss makes that average right when the ranks' batches differ in size).
+    running statistics. Gradients of weight and bias are each rank's own sums, which DistributedDataParallel averages
+    like all others (syncbn.scale_loss makes that average right when the ranks' batches differ in size).
 
     Args:
         num_features: C.
@@ -82,17 +82,18 @@ class SyncBatchNorm(_BatchNorm):
         if not self.training and self.running_mean is not None:
             return running_stats_norm(input, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
         comm = as_communicator(self.process_group) if self.training else LocalCommunicator()
+        tracked: Any = self.num_batches_tracked
         if not (self.training and self.track_running_stats):
             return batch_stats_norm(input, None, None, self.weight, self.bias, 0.0, self.eps, comm)[0]
         momentum: Any = self.momentum
         if momentum is None:
             # A tensor, for the number of batches is on the device: 1 / (batches with this one).
-            momentum = (self.num_batches_tracked + 1).double().reciprocal()
+            momentum = (tracked + 1).double().reciprocal()
         y, count = batch_stats_norm(
             input, self.running_mean, self.running_var, self.weight, self.bias, momentum, self.eps, comm
         )
         # As the running statistics, untouched by a batch that had no variance to take.
-        self.num_batches_tracked.add_(count > 1)
+        tracked.add_(count > 1)
         return y
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -128,7 +129,7 @@ class _LostGroup:
     rank = 0
     world_size = 1
 
-    def all_reduce(self, buffer: Any) -> None:
+    def all_reduce(self, _: Any) -> None:
         raise RuntimeError(
             "expected a process group; got a layer that was pickled with one, which no pickle can hold: set "
             "layer.process_group (None for the default group) before training it"

@@ -13,8 +13,9 @@ from ..comm import as_communicator
 def scale_loss(loss: Tensor, batch_size: int, process_group: Any = None) -> Tensor:
     """Scales a rank's mean loss so that DistributedDataParallel's mean over ranks is the mean over all samples.
 
-    loss * world_size * batch_size / sum(batch_size over ranks). DDP averages the ranks' gradients with equal weights; when
-    rank r has n_r of N samples that is the gradient of the mean loss only after rank r's loss is scaled by W * n_r / N.
+    loss * world_size * batch_size / sum(batch_size over ranks). DDP averages the ranks' gradients with equal weights;
+    when rank r has n_r of N samples that is the gradient of the mean loss only after rank r's loss is scaled by W *
+    n_r / N.
 
     Args:
         loss: the mean loss over this rank's samples, a scalar. With batch_size 0 it may be NaN; 0 is returned,
@@ -35,7 +36,9 @@ def scale_loss(loss: Tensor, batch_size: int, process_group: Any = None) -> Tens
     total = torch.tensor([float(batch_size)], dtype=torch.float64, device=loss.device)
     comm.all_reduce(total)
     if batch_size < 0:
-        raise ValueError(f"expected a batch_size of at least 0; got {batch_size}: pass the number of samples of this rank")
+        raise ValueError(
+            f"expected a batch_size of at least 0; got {batch_size}: pass the number of samples of this rank"
+        )
     if batch_size == 0:
         return loss.nan_to_num() * 0.0
     return loss * (comm.world_size * batch_size / total[0]).to(loss.dtype)

@@ -1,0 +1,239 @@
+"""Conversion to SyncBatchNorm and back loses nothing (trap 21), and other people's converters (trap 23)."""
+
+import copy
+import pickle
+import types
+
+import pytest
+import torch
+from ranks import rank_errors, run_ranks
+from torch import nn
+from torch.nn.utils import parametrize
+
+import syncbn
+from syncbn.comm import LocalCommunicator
+
+
+class Doubled(nn.BatchNorm2d):
+    """A subclass with a forward of its own."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Named(nn.BatchNorm2d):
+    """A subclass with behaviour of its own, but not in forward."""
+
+    def name(self):
+        return f"named {self.num_features}"
+
+
+def norm_act_class(name, base):
+    """A class as timm's: batch normalisation, then dropout and activation, in a module called timm."""
+
+    def __init__(self, c):  # noqa: N807
+        base.__init__(self, c)
+        self.drop, self.act = nn.Identity(), nn.LeakyReLU(0.5)
+
+    def forward(self, x):
+        return self.act(self.drop(base.forward(self, x)))
+
+    return type(name, (base,), {"__init__": __init__, "forward": forward, "__module__": "timm.layers.norm_act"})
+
+
+def model():
+    torch.manual_seed(0)
+    shared = nn.BatchNorm2d(4)
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), shared, nn.Sequential(nn.ReLU(), shared), Named(4))
+
+
+def test_convert_and_revert_change_no_output_and_nothing_else():
+    x = torch.randn(4, 3, 5, 5)
+    original, changed = model(), model()
+    before = {id(m): (type(m), dict(m.__dict__)) for m in changed.modules()}
+    for training in (True, False):
+        changed.train(training), original.train(training)
+        syncbn.convert_sync_batchnorm(changed)
+        assert sum(isinstance(m, syncbn.SyncBatchNorm) for m in changed.modules()) == 3
+        torch.testing.assert_close(changed(x), original(x), rtol=1e-5, atol=1e-5)
+        assert changed.state_dict().keys() == original.state_dict().keys()
+        syncbn.revert_sync_batchnorm(changed)
+        torch.testing.assert_close(changed(x), original(x), rtol=1e-5, atol=1e-5)
+        assert {id(m): (type(m), m.__dict__.keys()) for m in changed.modules()} == {
+            key: (cls, names.keys()) for key, (cls, names) in before.items()
+        }
+
+
+def test_evaluation_is_the_same_to_the_bit():
+    x = torch.randn(4, 3, 5, 5)
+    converted = model().eval()
+    expected = converted(x)
+    assert torch.equal(syncbn.convert_sync_batchnorm(converted)(x), expected)
+
+
+def test_trap_21_hooks_attributes_mode_and_parameters_are_kept():
+    layer = nn.BatchNorm2d(3).eval()
+    layer.weight.requires_grad_(False)
+    layer.colour = "blue"
+    calls = []
+    handle = layer.register_forward_hook(lambda *_: calls.append("forward"))
+    layer.register_forward_pre_hook(lambda *_: calls.append("before"))
+    layer.register_full_backward_hook(lambda *_: calls.append("backward"))
+    parameters = [id(p) for p in layer.parameters()]
+    converted = syncbn.convert_sync_batchnorm(nn.Sequential(layer))[0]
+    assert isinstance(converted, syncbn.SyncBatchNorm)
+    assert [id(p) for p in converted.parameters()] == parameters
+    assert not converted.weight.requires_grad
+    assert (converted.training, converted.colour) == (False, "blue")
+    converted(torch.randn(2, 3, 4, 4, requires_grad=True)).sum().backward()
+    assert calls == ["before", "forward", "backward"]
+    handle.remove()
+    converted(torch.randn(2, 3, 4, 4))
+    assert calls == ["before", "forward", "backward", "before"]
+
+
+def test_trap_21_a_shared_layer_stays_one_object():
+    converted = syncbn.convert_sync_batchnorm(model())
+    assert converted[2] is converted[3][1]
+    kept = nn.ModuleList([nn.BatchNorm1d(2)])
+    outside = kept[0]
+    assert syncbn.convert_sync_batchnorm(kept)[0] is outside
+
+
+def test_trap_21_lazy_layers_are_refused_before_anything_is_converted():
+    lazy = nn.Sequential(nn.BatchNorm1d(2), nn.LazyBatchNorm1d())
+    with pytest.raises(ValueError, match="got the lazy layers 1: send one batch"):
+        syncbn.convert_sync_batchnorm(lazy)
+    assert type(lazy[0]) is nn.BatchNorm1d
+    lazy(torch.randn(4, 2))
+    assert isinstance(syncbn.convert_sync_batchnorm(lazy)[1], syncbn.SyncBatchNorm)
+
+
+def test_trap_21_a_subclass_keeps_its_behaviour():
+    layer = syncbn.convert_sync_batchnorm(Named(3))
+    assert isinstance(layer, syncbn.SyncBatchNorm)
+    for found in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert isinstance(found, Named)
+        assert found.name() == "named 3"
+        assert type(found) is type(layer)
+    assert type(syncbn.revert_sync_batchnorm(layer)) is Named
+
+
+def test_trap_21_a_subclass_with_a_forward_of_its_own_is_left_and_named():
+    network = nn.Sequential(nn.BatchNorm2d(3), Doubled(3))
+    with pytest.warns(UserWarning, match=r"left as they are.*: 1 \(Doubled\)"):
+        syncbn.convert_sync_batchnorm(network)
+    assert isinstance(network[0], syncbn.SyncBatchNorm)
+    assert type(network[1]) is Doubled
+
+
+@pytest.mark.parametrize(("name", "base"), [("BatchNormAct2d", nn.BatchNorm2d), ("SyncBatchNormAct", nn.SyncBatchNorm)])
+def test_trap_21_norm_act_layers_of_timm_keep_dropout_and_activation(name, base):
+    torch.manual_seed(0)
+    cls = norm_act_class(name, base)
+    layer, expected = cls(3), cls(3)
+    assert isinstance(syncbn.convert_sync_batchnorm(layer), syncbn.SyncBatchNorm)
+    x = torch.randn(4, 3, 5, 5)
+    torch.testing.assert_close(layer(x), expected(x), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(layer(x), syncbn.SyncBatchNorm(3)(x), atol=0.1)
+    assert type(syncbn.revert_sync_batchnorm(layer)) is cls
+
+
+def test_trap_21_the_same_name_elsewhere_is_not_mistaken_for_timms():
+    cls = norm_act_class("BatchNormAct2d", nn.BatchNorm2d)
+    cls.__module__ = "mine.layers"
+    with pytest.warns(UserWarning, match="BatchNormAct2d"):
+        assert type(syncbn.convert_sync_batchnorm(cls(3))) is cls
+
+
+def test_trap_21_a_parametrized_layer_stays_parametrized():
+    class Halved(nn.Module):
+        def forward(self, v):
+            return v / 2
+
+    layer, expected = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    for module in (layer, expected):
+        parametrize.register_parametrization(module, "weight", Halved())
+    syncbn.convert_sync_batchnorm(layer)
+    assert isinstance(layer, syncbn.SyncBatchNorm)
+    x = torch.randn(6, 3)
+    torch.testing.assert_close(layer(x), expected(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_built_as_sync_batch_norm_reverts_to_one_for_any_number_of_axes():
+    torch.manual_seed(0)
+    layer = syncbn.SyncBatchNorm(3, momentum=None)
+    layer.bias.data.fill_(2)
+    state = copy.deepcopy(layer.state_dict())
+    reverted = syncbn.revert_sync_batchnorm(layer)
+    assert reverted is layer
+    assert not isinstance(layer, syncbn.SyncBatchNorm)
+    assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
+    assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
+    for shape in ((4, 3), (4, 3, 2, 2), (4, 3, 2, 2, 2)):
+        assert layer(torch.randn(shape)).shape == shape
+    assert isinstance(syncbn.convert_sync_batchnorm(layer), syncbn.SyncBatchNorm)
+
+
+def test_torchs_sync_batch_norm_converts_with_its_group_and_reverts_to_itself():
+    group = LocalCommunicator()
+    theirs = nn.Sequential(nn.SyncBatchNorm(3, process_group=group), nn.SyncBatchNorm(3))
+    syncbn.convert_sync_batchnorm(theirs)
+    assert theirs[0].process_group is group
+    assert theirs[1].process_group is None
+    assert torch.isfinite(theirs(torch.randn(4, 3))).all()
+    syncbn.revert_sync_batchnorm(theirs)
+    assert [type(layer) for layer in theirs] == [nn.SyncBatchNorm] * 2
+    assert theirs[0].__dict__["process_group"] is group
+
+
+def test_the_group_argument_reaches_every_layer():
+    group = LocalCommunicator()
+    network = nn.Sequential(nn.BatchNorm1d(3), nn.SyncBatchNorm(3), syncbn.SyncBatchNorm(3))
+    syncbn.SyncBatchNorm.convert_sync_batchnorm(network, group)
+    assert all(layer.process_group is group for layer in network)
+    syncbn.convert_sync_batchnorm(network)
+    assert all(layer.process_group is group for layer in network)
+
+
+def test_a_group_of_an_unknown_kind_is_refused_before_anything_is_converted():
+    network = nn.Sequential(nn.BatchNorm1d(3))
+    for bad in (3, "world", types.SimpleNamespace(rank=0)):
+        with pytest.raises(TypeError, match="expected process_group to be None, a ProcessGroup"):
+            syncbn.convert_sync_batchnorm(network, bad)
+    assert type(network[0]) is nn.BatchNorm1d
+
+
+def _theirs_on_ours(rank, group):
+    layer = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(syncbn.SyncBatchNorm(3)))[0]
+    assert type(layer) is nn.SyncBatchNorm
+    layer(torch.randn(4, 3))
+
+
+def test_trap_23_torchs_converter_replaces_our_layer_by_torchs():
+    """As it does with any BatchNorm; the state is kept, and on CPU tensors torch's layer says what is wrong."""
+    torch.manual_seed(0)
+    ours = syncbn.SyncBatchNorm(3, eps=0.5, momentum=None)
+    ours(torch.randn(4, 3))
+    theirs = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(ours))[0]
+    assert (theirs.eps, theirs.momentum, theirs.num_batches_tracked.item()) == (0.5, None, 1)
+    assert theirs.weight is ours.weight
+    errors = rank_errors(_theirs_on_ours, 2, "gloo")
+    assert all("expected input tensor to be on GPU" in str(error) for error in errors)
+    converted = syncbn.convert_sync_batchnorm(nn.Sequential(theirs))
+    assert isinstance(converted[0], syncbn.SyncBatchNorm)
+
+
+def _unsynchronised(rank, group):
+    network = nn.Sequential(nn.BatchNorm1d(1))
+    syncbn.convert_sync_batchnorm(network, group)
+    x = torch.tensor([[0.0], [1.0]]) + 10 * rank
+    mean_converted = network(x).mean().item()
+    syncbn.revert_sync_batchnorm(network)
+    return mean_converted, network(x).mean().item()
+
+
+def test_convert_synchronises_and_revert_ends_it():
+    results = run_ranks(_unsynchronised, 2, "thread")
+    assert [round(converted) for converted, _ in results] == [-1, 1]
+    assert [round(reverted) for _, reverted in results] == [0, 0]

@@ -1,0 +1,187 @@
+"""Gradients by finite differences over two ranks, and SGD under DistributedDataParallel against one process."""
+
+import pytest
+import torch
+from ranks import rank_errors, run_ranks
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import syncbn
+from syncbn.functional import sync_batch_norm
+
+
+class Part(torch.autograd.Function):
+    """This rank's part of a whole batch; backward puts the ranks' gradients together."""
+
+    @staticmethod
+    def forward(ctx, whole, bounds, comm):
+        ctx.bounds, ctx.comm, ctx.shape = bounds, comm, whole.shape
+        return whole[slice(*bounds)].clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        whole = torch.zeros(ctx.shape, dtype=grad.dtype)
+        whole[slice(*ctx.bounds)] = grad
+        flat = whole.flatten()
+        ctx.comm.all_reduce(flat)
+        return flat.view(ctx.shape), None, None
+
+
+class Whole(torch.autograd.Function):
+    """The whole of the ranks' parts; every rank takes the same loss of it, so backward is this rank's slice."""
+
+    @staticmethod
+    def forward(ctx, part, n, bounds, comm):
+        ctx.bounds = bounds
+        whole = torch.zeros(n, *part.shape[1:], dtype=part.dtype)
+        whole[slice(*bounds)] = part
+        flat = whole.flatten()
+        comm.all_reduce(flat)
+        return flat.view(whole.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad[slice(*ctx.bounds)], None, None, None
+
+
+def _gradcheck(rank, comm, cuts, synchronised):
+    torch.manual_seed(0)
+    whole = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
+    weight, bias = (torch.randn(2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    bounds = (cuts[rank], cuts[rank + 1])
+
+    def batch_norm(x, w, b):
+        # Each rank's own sums are the gradients of weight and bias: as Part of a "batch" that all ranks hold whole.
+        w, b = (Part.apply(v, (0, 2), comm) for v in (w, b))
+        y = sync_batch_norm(
+            Part.apply(x, bounds, comm), None, None, w, b, True, process_group=comm if synchronised else None
+        )
+        return Whole.apply(y, 5, bounds, comm)
+
+    return torch.autograd.gradcheck(batch_norm, (whole, weight, bias))
+
+
+@pytest.mark.parametrize("cuts", [(0, 2, 5), (0, 0, 5)], ids=["uneven", "empty"])
+def test_gradcheck_on_two_ranks(cuts):
+    assert run_ranks(_gradcheck, 2, "thread", cuts, True) == [True, True]
+
+
+class _ForgetsOtherRanks:
+    """A communicator whose backward sums stay local: the negative control of gradcheck."""
+
+    def __init__(self, comm, channels):
+        self.rank, self.world_size, self._comm, self._length = comm.rank, comm.world_size, comm, 2 * channels
+
+    def all_reduce(self, buffer):
+        if len(buffer) != self._length:
+            self._comm.all_reduce(buffer)
+
+
+def _gradcheck_without_backward_sums(rank, comm):
+    torch.manual_seed(0)
+    whole = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
+    bounds, group = ((0, 2), (2, 5))[rank], _ForgetsOtherRanks(comm, 2)
+
+    def batch_norm(x):
+        y = sync_batch_norm(Part.apply(x, bounds, comm), None, None, training=True, process_group=group)
+        return Whole.apply(y, 5, bounds, comm)
+
+    torch.autograd.gradcheck(batch_norm, (whole,))
+
+
+def test_gradcheck_sees_a_backward_that_is_not_synchronised():
+    errors = rank_errors(_gradcheck_without_backward_sums, 2, "thread")
+    assert all("Jacobian mismatch" in str(error) for error in errors)
+
+
+def _model():
+    torch.manual_seed(0)
+    blocks = [
+        nn.Conv2d(1, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 5, 3, stride=2),
+        nn.BatchNorm2d(5),
+        nn.ReLU(),
+    ]
+    return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(45, 3), nn.BatchNorm1d(3)).double()
+
+
+def _data(step, n):
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randn(n, 1, 9, 9, dtype=torch.float64, generator=generator)
+    return images, torch.randint(3, (n,), generator=generator)
+
+
+def _train(rank, group, sizes, convert, scale):
+    """Ten steps of SGD with momentum; sizes: the ranks' batches, the same at every step but rotating over the ranks."""
+    model = _model()
+    if convert:
+        syncbn.convert_sync_batchnorm(model)
+    if group is not None:
+        model = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    for step in range(10):
+        now = sizes[step % len(sizes) :] + sizes[: step % len(sizes)]
+        images, labels = _data(step, sum(sizes))
+        if group is not None:
+            images, labels = images.split(now)[rank], labels.split(now)[rank]
+        loss = nn.functional.cross_entropy(model(images), labels)
+        if scale:
+            loss = syncbn.scale_loss(loss, len(images))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    state = (model.module if group is not None else model).state_dict()
+    return {name: value.double() for name, value in state.items()}
+
+
+def _difference(states, whole):
+    """The largest difference of a tensor from the one-process run's, relative to that tensor's largest element."""
+    return max(
+        ((s[k] - v).abs().max() / v.abs().max().clamp(min=1e-3)).item() for s in states for k, v in whole.items()
+    )
+
+
+# Ten steps, each some ten operations deep, of relative error 2^-53 * sqrt(1000 terms): 10 * 10 * 3.5e-15, and a
+# margin of 3.
+ROUNDING = 1e-12
+
+
+@pytest.mark.parametrize("sizes", [[4, 4], [2, 2, 2, 2]], ids=["2", "4"])
+def test_ten_ddp_steps_equal_one_process(sizes):
+    whole = _train(0, None, sizes, False, False)
+    assert _difference(run_ranks(_train, len(sizes), "gloo", sizes, True, False), whole) < ROUNDING
+    assert _difference(run_ranks(_train, len(sizes), "gloo", sizes, False, False), whole) > 1e-3
+
+
+@pytest.mark.parametrize("sizes", [[1, 7], [3, 0, 4, 1]], ids=["2", "4"])
+def test_trap_30_unequal_batches_equal_one_process_with_scale_loss(sizes):
+    whole = _train(0, None, sizes, False, False)
+    assert _difference(run_ranks(_train, len(sizes), "gloo", sizes, True, True), whole) < ROUNDING
+    if 0 not in sizes:  # cross_entropy of an empty batch is NaN, which only scale_loss takes out
+        assert _difference(run_ranks(_train, len(sizes), "gloo", sizes, True, False), whole) > 1e-3
+
+
+def _scaled(rank, group, sizes):
+    loss = torch.tensor(float(rank + 1) if sizes[rank] else float("nan"), requires_grad=True)
+    scaled = syncbn.scale_loss(loss, sizes[rank], group)
+    scaled.backward()
+    return scaled.item(), loss.grad.item()
+
+
+def test_trap_30_the_mean_of_scaled_losses_is_the_mean_over_samples():
+    results = run_ranks(_scaled, 3, "thread", [3, 0, 1])
+    assert sum(loss for loss, _ in results) / 3 == pytest.approx((1 * 3 + 3 * 1) / 4)
+    assert [grad for _, grad in results] == pytest.approx([3 * 3 / 4, 0, 3 * 1 / 4])
+
+
+def test_scale_loss_refuses_a_negative_batch_size_and_leaves_no_rank_waiting():
+    errors = rank_errors(_scaled, 2, "thread", [-1, 2])
+    assert "expected a batch_size of at least 0; got -1" in str(errors[0])
+    assert errors[1] is None or isinstance(errors[1], ValueError)
+
+
+def test_scale_loss_in_one_process_is_the_identity():
+    loss = torch.tensor(3.0, requires_grad=True)
+    assert syncbn.scale_loss(loss, 5).item() == 3.0

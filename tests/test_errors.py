@@ -1,0 +1,210 @@
+"""Bad input: a clear error on every rank together, nothing changed, nobody left waiting."""
+
+import numpy as np
+import pytest
+import torch
+from ranks import rank_errors, run_ranks
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+import syncbn
+import syncbn.numpy
+from syncbn.functional import sync_batch_norm
+
+BAD_INPUTS = {
+    "channels": (
+        torch.randn(2, 5, 3),
+        ValueError,
+        r"expected an input with 4 channels on axis 1; got 5, shape \(2, 5, 3\)",
+    ),
+    "no_channels": (torch.randn(2, 0, 3), ValueError, "expected an input with 4 channels on axis 1; got 0"),
+    "one_axis": (torch.randn(4), ValueError, r"expected an input of at least 2 axes, \(N, C, ...\); got 1"),
+    "no_axes": (torch.tensor(1.0), ValueError, "expected an input of at least 2 axes"),
+    "integer": (torch.ones(2, 4, 3, dtype=torch.int64), TypeError, "expected an input of dtype float16, .*; got int64"),
+    "complex": (torch.ones(2, 4, dtype=torch.complex64), TypeError, "got complex64"),
+    "bool": (torch.ones(2, 4, dtype=torch.bool), TypeError, "got bool"),
+    "sparse": (
+        torch.randn(2, 4).to_sparse(),
+        TypeError,
+        "expected input to be a dense torch.Tensor; got a torch.sparse_coo",
+    ),
+    "device": (torch.randn(2, 4, device="meta"), ValueError, "expected weight on the input's device, meta; got cpu"),
+    "ndarray": (np.ones((2, 4), np.float32), TypeError, "expected input to be a dense torch.Tensor; got ndarray"),
+}
+
+
+def untouched(layer):
+    tensors = {name: np.asarray(value) for name, value in layer.state_dict().items()}
+    return (
+        (tensors["running_mean"] == 0).all()
+        and (tensors["running_var"] == 1).all()
+        and tensors["num_batches_tracked"] == 0
+    )
+
+
+def _forward(rank, group, inputs):
+    layer = syncbn.SyncBatchNorm(4, process_group=group)
+    try:
+        layer(inputs[rank])
+    finally:
+        assert untouched(layer), "the running statistics were touched"
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_input_on_every_rank_is_an_error_on_every_rank(name):
+    bad, kind, message = BAD_INPUTS[name]
+    for rank, error in enumerate(rank_errors(_forward, 2, "thread", [bad, bad])):
+        assert type(error) is kind
+        with pytest.raises(kind, match=message):
+            raise error
+        assert str(error).startswith(f"[rank {rank}/2] ")
+
+
+@pytest.mark.parametrize("launcher", ["thread", "gloo"])
+@pytest.mark.parametrize("name", ["channels", "one_axis", "integer", "sparse"])
+def test_bad_input_on_one_rank_is_an_error_on_every_rank(name, launcher):
+    bad, kind, _ = BAD_INPUTS[name]
+    good = torch.randn(2, 4, 3)
+    errors = rank_errors(_forward, 3, launcher, [good, bad, good])
+    assert type(errors[1]) is kind
+    for rank in (0, 2):
+        assert type(errors[rank]) is RuntimeError
+        assert f"[rank {rank}/3] expected statistics from every rank; another rank refused its input" in str(
+            errors[rank]
+        )
+
+
+def test_good_input_raises_nothing():
+    assert (
+        rank_errors(lambda *a: syncbn.SyncBatchNorm(4, process_group=a[1])(torch.randn(2, 4)), 2, "thread")
+        == [None] * 2
+    )
+
+
+def _bad_buffers(rank, group, name, value):
+    layer = syncbn.SyncBatchNorm(4, process_group=group)
+    setattr(layer, name, value)
+    layer(torch.randn(2, 4, 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("running_mean", torch.zeros(3)),
+        ("running_var", torch.ones(2, 2)),
+        ("weight", nn.Parameter(torch.ones(5))),
+        ("bias", nn.Parameter(torch.ones(1))),
+    ],
+    ids=["running_mean", "running_var", "weight", "bias"],
+)
+def test_vectors_of_the_wrong_length_are_refused_on_every_rank(name, value):
+    for error in rank_errors(_bad_buffers, 2, "thread", name, value):
+        assert isinstance(error, ValueError)
+        assert "of one shape, (C,); got " in str(error)
+
+
+def test_one_running_statistic_alone_is_refused():
+    with pytest.raises(ValueError, match="expected running_mean and running_var, or neither; got one"):
+        sync_batch_norm(torch.randn(2, 4), torch.zeros(4), None, training=True)
+
+
+def test_evaluation_without_running_statistics_is_refused():
+    with pytest.raises(ValueError, match="expected running_mean and running_var when not training"):
+        sync_batch_norm(torch.randn(2, 4), None, None)
+
+
+def test_bad_input_is_refused_in_evaluation_too():
+    layer = syncbn.SyncBatchNorm(4).eval()
+    for name in ("channels", "one_axis", "integer"):
+        bad, kind, message = BAD_INPUTS[name]
+        with pytest.raises(kind, match=message):
+            layer(bad)
+
+
+@pytest.mark.parametrize("bad", [7, "nccl", [0, 1], object()], ids=repr)
+def test_what_is_no_group_is_refused(bad):
+    for call in (
+        lambda: syncbn.SyncBatchNorm(4, process_group=bad),
+        lambda: sync_batch_norm(torch.randn(2, 4), None, None, training=True, process_group=bad),
+        lambda: syncbn.scale_loss(torch.tensor(1.0), 1, bad),
+        lambda: syncbn.convert_sync_batchnorm(nn.BatchNorm1d(2), bad),
+    ):
+        with pytest.raises(TypeError, match="expected process_group to be None, a ProcessGroup"):
+            call()
+
+
+def _meshes(rank, group):
+    flat, square = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    x = torch.tensor([[1.0], [2.0]]) * (rank + 1)
+    with pytest.raises(ValueError, match="expected a DeviceMesh of 1 dimension; got 2"):
+        syncbn.SyncBatchNorm(1, process_group=square)
+    return [syncbn.SyncBatchNorm(1, momentum=1.0, process_group=g) for g in (flat, square["b"])], x
+
+
+def _mesh_means(rank, group):
+    layers, x = _meshes(rank, group)
+    for layer in layers:
+        layer(x)
+    return [layer.running_mean.item() for layer in layers]
+
+
+def test_a_device_mesh_of_one_dimension_is_a_group():
+    # Rank r holds (1, 2) * (r + 1), of mean 1.5 * (r + 1); the rows of the 2 x 2 mesh are ranks 0, 1 and 2, 3.
+    means = run_ranks(_mesh_means, 4, "gloo")
+    assert [flat for flat, _ in means] == [3.75] * 4
+    assert [row for _, row in means] == [2.25, 2.25, 5.25, 5.25]
+
+
+BAD_ARRAYS = {
+    "channels": (np.ones((2, 5), np.float32), ValueError, "expected an input with 4 channels"),
+    "one_axis": (np.ones(4, np.float32), ValueError, "at least 2 axes"),
+    "integer": (np.ones((2, 4), np.int32), TypeError, "got int32"),
+    "big_endian": (np.ones((2, 4), ">f4"), TypeError, "expected an input of dtype float16, .*; got >f4"),
+    "list": ([[1.0, 2.0, 3.0, 4.0]], TypeError, "expected x to be a numpy.ndarray; got list"),
+    "tensor": (torch.ones(2, 4), TypeError, "expected x to be a numpy.ndarray; got Tensor"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARRAYS)
+def test_bad_arrays_on_one_rank_are_an_error_on_every_rank(name):
+    bad, kind, message = BAD_ARRAYS[name]
+
+    def forward(rank, group):
+        layer = syncbn.numpy.SyncBatchNorm(4, comm=group)
+        try:
+            layer.forward([bad, np.ones((2, 4), np.float32)][rank])
+        finally:
+            assert untouched(layer)
+
+    errors = rank_errors(forward, 2, "thread")
+    assert type(errors[0]) is kind
+    with pytest.raises(kind, match=message):
+        raise errors[0]
+    assert "another rank refused its input" in str(errors[1])
+
+
+def test_numpy_backward_refuses_what_does_not_fit_and_leaves_nobody_waiting():
+    def backward(rank, group):
+        layer = syncbn.numpy.SyncBatchNorm(2, comm=group)
+        with pytest.raises(RuntimeError, match="call forward"):
+            layer.backward(np.ones((3, 2)))
+        layer.forward(np.random.default_rng(rank).standard_normal((3, 2)).astype(np.float32))
+        return layer.backward(np.ones((3 - rank, 2), np.float32))
+
+    errors = rank_errors(backward, 2, "thread")
+    assert errors[0] is None
+    assert "expected dy of forward's shape, (3, 2); got (2, 2)" in str(errors[1])
+
+
+def test_numpy_constructor_and_state_are_checked():
+    with pytest.raises(TypeError, match="expected comm to be a Communicator"):
+        syncbn.numpy.SyncBatchNorm(2, comm="world")
+    with pytest.raises(TypeError, match="expected dtype to be float16, float32 or float64; got int64"):
+        syncbn.numpy.SyncBatchNorm(2, dtype=np.int64)
+    layer = syncbn.numpy.SyncBatchNorm(2)
+    state = layer.state_dict()
+    with pytest.raises(KeyError, match="expected the names"):
+        layer.load_state_dict({name: value for name, value in state.items() if name != "weight"})
+    with pytest.raises(ValueError, match=r"expected running_var of shape \(2,\); got \(3,\)"):
+        layer.load_state_dict(state | {"weight": np.full(2, 7.0), "running_var": np.ones(3)})
+    assert layer.weight.tolist() == [1, 1]

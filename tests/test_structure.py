@@ -1,0 +1,127 @@
+"""The structure of the project: imports point down only and are lean, files are short, every trap has its test."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import syncbn
+
+PACKAGE = Path(syncbn.__file__).parent
+TESTS = Path(__file__).parent
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+# What the modules of a room may import of ours; the directions, not the rooms, are the design.
+ALLOWED = {
+    "core": set(),
+    "layout": set(),
+    "kernels": {"kernels"},
+    "comm": {"comm"},
+    "functional": {"core", "layout", "kernels", "comm"},
+    "numpy": {"core", "layout", "kernels", "comm"},
+    "nn": {"nn", "functional", "comm"},
+}
+
+
+def imports_of(path):
+    """The rooms of ours and the outside modules that a file imports, wherever in it."""
+    package = path.relative_to(PACKAGE).parent.parts
+    rooms, outside = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1] + tuple(
+                (node.module or "").split(".") if node.module else ()
+            )
+            rooms |= {base[0]} if base else {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            outside.add(node.module.partition(".")[0])
+        elif isinstance(node, ast.Import):
+            outside |= {alias.name.partition(".")[0] for alias in node.names}
+    return rooms, outside
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_down_only(path):
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    rooms, outside = imports_of(path)
+    assert "syncbn" not in outside or room == "cli", "inside the package, imports are relative"
+    if room in ALLOWED:
+        assert rooms <= ALLOWED[room]
+    if room in ("core", "layout"):
+        assert outside <= set(sys.stdlib_module_names)
+    assert "cli" not in rooms or room in ("cli", "__main__")
+
+
+def test_the_rules_above_are_about_rooms_that_exist():
+    assert set(ALLOWED) <= {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in SOURCES}
+    assert imports_of(PACKAGE / "functional.py") == (
+        {"core", "comm", "kernels", "layout"},
+        {"__future__", "typing", "torch"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import syncbn", ["torch", "numpy", "mpi4py"]),
+        ("import syncbn.numpy; syncbn.numpy.SyncBatchNorm(2)", ["torch", "mpi4py"]),
+        ("import syncbn; syncbn.SyncBatchNorm(2)", ["mpi4py", "matplotlib", "sklearn"]),
+        ("import syncbn.cli", ["torch", "numpy", "matplotlib", "sklearn", "mpi4py"]),
+    ],
+)
+def test_imports_are_lean(statement, absent):
+    code = f"{statement}\nimport sys\nprint([m for m in {absent} if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_public_names_are_bound():
+    for name in syncbn.__all__:
+        assert getattr(syncbn, name) is not None
+    assert set(syncbn.__all__) <= set(dir(syncbn))
+    with pytest.raises(AttributeError, match="no attribute 'SyncBatchNrom'"):
+        _ = syncbn.SyncBatchNrom
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *sorted(TESTS.glob("*.py"))], ids=lambda p: p.name)
+def test_files_are_one_room_each(path):
+    assert len(path.read_text().splitlines()) <= 400
+    assert path.stem not in ("util", "utils", "helpers", "common", "misc")
+
+
+def test_every_trap_of_the_list_has_a_test_of_its_number():
+    names = re.findall(
+        r"^def test_trap_(\d\d)_", "\n".join(p.read_text() for p in TESTS.glob("test_*.py")), re.MULTILINE
+    )
+    later = {12, 14, 16, 24, 25, 29, 33, 37}  # stall reports, check mode, checkpointing, masks, MPI
+    assert {int(name) for name in names} >= set(range(1, 37)) - later
+
+
+def test_the_layer_has_the_face_of_torchs():
+    import inspect
+
+    ours, theirs = (inspect.signature(cls.__init__).parameters for cls in (syncbn.SyncBatchNorm, nn.SyncBatchNorm))
+    positional = [name for name, p in theirs.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert [name for name in ours if name != "newer"] == positional
+    assert [ours[name].default for name in positional] == [theirs[name].default for name in positional]
+    for options in ({}, {"affine": False}, {"track_running_stats": False}, {"momentum": None}, {"bias": False}):
+        layer, expected = syncbn.SyncBatchNorm(3, **options), nn.SyncBatchNorm(3, **options)
+        assert repr(layer) == repr(expected)
+        assert layer.state_dict().keys() == expected.state_dict().keys()
+        public = {name for name in dir(expected) if not name.startswith("_")}
+        assert public <= set(dir(layer))
+    assert syncbn.SyncBatchNorm(3, dtype=torch.float64).weight.dtype == torch.float64
+    with pytest.raises(TypeError, match="bogus"):
+        syncbn.SyncBatchNorm(3, bogus=1)
+
+
+def test_the_function_has_the_arguments_of_torchs():
+    import inspect
+
+    ours = list(inspect.signature(syncbn.functional.sync_batch_norm).parameters.values())
+    theirs = list(inspect.signature(nn.functional.batch_norm).parameters.values())
+    assert [(p.name, p.default) for p in ours] == [*((p.name, p.default) for p in theirs), ("process_group", None)]
