@@ -26,7 +26,7 @@ def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
         print(__doc__, file=sys.stderr)
         return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036  # nothing has checked the version before this script
         print(f"expected Python 3.10 or newer; got {sys.version.split()[0]}: use a newer python3", file=sys.stderr)
         return 2
     name, *arguments = sys.argv[1:]
@@ -53,7 +53,7 @@ def virtual_environment() -> str:
         print(f"making the virtual environment {folder}", flush=True)
         result = subprocess.run([sys.executable, "-m", "venv", "--clear", folder])
         if result.returncode:
-            print("no virtual environment could be made: on Debian and Ubuntu, apt install python3-venv", file=sys.stderr)
+            print("no virtual environment: on Debian and Ubuntu, apt install python3-venv", file=sys.stderr)
             result.check_returncode()
     return str(python)
 

@@ -63,12 +63,13 @@ def sync_batch_norm(
     """
     comm = as_communicator(process_group) if training else LocalCommunicator()
     if training:
-        return batch_stats_norm(input, running_mean, running_var, weight, bias, momentum, eps, comm)[0]
+        return batch_stats_norm(input, None, running_mean, running_var, weight, bias, momentum, eps, comm)[0]
     return running_stats_norm(input, running_mean, running_var, weight, bias, eps)
 
 
 def batch_stats_norm(
     input: Tensor,
+    num_features: int | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None,
@@ -77,18 +78,26 @@ def batch_stats_norm(
     eps: float,
     comm: Communicator,
 ) -> tuple[Tensor, Tensor]:
-    """Normalises by the statistics of the batch. As sync_batch_norm in training; momentum may be a 0-d tensor.
+    """Normalises by the statistics of the batch. As sync_batch_norm in training.
+
+    Args:
+        num_features: C where it is known; else the vectors say it.
+        momentum: a number or a 0-d tensor.
+        input, running_mean, running_var, weight, bias, eps: as sync_batch_norm.
+        comm: the communicator.
 
     Returns:
         The result, and the number of elements per channel over all ranks, () float64 on the input's device.
     """
+    vectors = [v for v in (weight, bias, running_mean, running_var) if v is not None]
     try:
-        _check(input, running_mean, running_var, weight, bias)
+        _check(input, num_features, running_mean, running_var, weight, bias)
     except (TypeError, ValueError) as error:
-        given = next((v for v in (weight, bias, running_mean) if v is not None), None)
-        if comm.world_size > 1 and isinstance(input, Tensor) and (given is not None or input.dim() > 1):
-            c = input.shape[1] if given is None else given.numel()
-            core.refuse(torch.empty(2 * c + 1, dtype=torch.float64, device=input.device), comm)
+        # What the other ranks send, as far as this rank's other arguments tell.
+        c = num_features if num_features is not None else next((v.numel() for v in vectors), None)
+        device = next((v.device for v in (*vectors, input) if isinstance(v, Tensor)), "cpu")
+        if c is not None:
+            core.refuse(torch.empty(2 * c + 1, dtype=torch.float64, device=device), comm)
         raise type(error)(f"{core.rank_prefix(comm)}{error}") from None
     y, count = _BatchStatsNorm.apply(  # type: ignore[no-untyped-call]
         input, weight, bias, running_mean, running_var, momentum, eps, layout_of(input), comm
@@ -105,7 +114,7 @@ def running_stats_norm(
     eps: float,
 ) -> Tensor:
     """Normalises by the running statistics. As sync_batch_norm in evaluation; sends nothing, in backward neither."""
-    _check(input, running_mean, running_var, weight, bias)
+    _check(input, None, running_mean, running_var, weight, bias)
     if running_mean is None or running_var is None:
         raise ValueError(
             "expected running_mean and running_var when not training; got None: pass them, or training=True"
@@ -169,6 +178,7 @@ class _BatchStatsNorm(torch.autograd.Function):
 
 def _check(
     input: Tensor,
+    num_features: int | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None,
@@ -178,7 +188,7 @@ def _check(
     if not isinstance(input, Tensor) or input.layout != torch.strided:
         kind = f"a {input.layout} tensor" if isinstance(input, Tensor) else type(input).__name__
         raise TypeError(f"expected input to be a dense torch.Tensor; got {kind}: convert it first")
-    check_arguments(input, weight, bias, running_mean, running_var)
+    check_arguments(input, num_features, weight, bias, running_mean, running_var)
     for name, v in (("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var)):
         if v is not None and v.device != input.device:
             raise ValueError(

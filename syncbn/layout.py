@@ -56,12 +56,15 @@ def layout_of(x: Any) -> Layout:
     return Layout(tuple(x.shape), channels_last=not contiguous and channel_stride == 1)
 
 
-def check_arguments(x: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any) -> None:
+def check_arguments(
+    x: Any, num_features: int | None, weight: Any, bias: Any, running_mean: Any, running_var: Any
+) -> None:
     """Refuses what is not a floating-point batch of shape (N, C, ...) with vectors of length C.
 
     Args:
         x: a torch tensor or an ndarray.
-        weight, bias, running_mean, running_var: of x's library, or None. The first that is given says what C is.
+        num_features: C, or None where the first of the following that is given says it.
+        weight, bias, running_mean, running_var: of x's library, or None.
 
     Raises:
         TypeError: x is of none of the dtypes float16, bfloat16, float32, float64.
@@ -76,15 +79,16 @@ def check_arguments(x: Any, weight: Any, bias: Any, running_mean: Any, running_v
         )
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     given = {name: tuple(v.shape) for name, v in vectors.items() if v is not None}
-    expected = next(iter(given.values()), (shape[1],))
+    known = num_features is not None or bool(given)
+    expected = (num_features,) if num_features is not None else next(iter(given.values()), (shape[1],))
     for name, got in given.items():
         if len(got) != 1 or got != expected:
             raise ValueError(
                 f"expected weight, bias, running_mean and running_var of one shape, (C,); got {name} of shape {got} "
-                f"beside {expected}: was it replaced, or loaded from another layer?"
+                f"for {expected}: was it replaced, or loaded from another layer?"
             )
     if shape[1] == 0 or (shape[1],) != expected:
-        wanted = f"{expected[0]} channels" if given else "at least 1 channel"
+        wanted = f"{expected[0]} channels" if known else "at least 1 channel"
         raise ValueError(
             f"expected an input with {wanted} on axis 1; got {shape[1]}, shape {shape}: "
             "check num_features against the layer before this one"

@@ -107,7 +107,7 @@ class SyncBatchNorm:
         try:
             if not isinstance(x, np.ndarray):
                 raise TypeError(f"expected x to be a numpy.ndarray; got {type(x).__name__}: convert it first")
-            check_arguments(x, self.weight, self.bias, self.running_mean, self.running_var)
+            check_arguments(x, self.num_features, self.weight, self.bias, self.running_mean, self.running_var)
         except (TypeError, ValueError) as error:
             core.refuse(np.empty(2 * self.num_features + 1), comm)
             raise type(error)(f"{core.rank_prefix(comm)}{error}") from None

@@ -42,30 +42,42 @@ def untouched(layer):
     )
 
 
-def _forward(rank, group, inputs):
-    layer = syncbn.SyncBatchNorm(4, process_group=group)
+def _forward(rank, group, inputs, options):
+    layer = syncbn.SyncBatchNorm(4, process_group=group, **options)
     try:
         layer(inputs[rank])
     finally:
-        assert untouched(layer), "the running statistics were touched"
+        assert not layer.track_running_stats or untouched(layer), "the running statistics were touched"
 
 
 @pytest.mark.parametrize("name", BAD_INPUTS)
 def test_bad_input_on_every_rank_is_an_error_on_every_rank(name):
     bad, kind, message = BAD_INPUTS[name]
-    for rank, error in enumerate(rank_errors(_forward, 2, "thread", [bad, bad])):
+    for rank, error in enumerate(rank_errors(_forward, 2, "thread", [bad, bad], {})):
         assert type(error) is kind
         with pytest.raises(kind, match=message):
             raise error
         assert str(error).startswith(f"[rank {rank}/2] ")
 
 
-@pytest.mark.parametrize("launcher", ["thread", "gloo"])
-@pytest.mark.parametrize("name", ["channels", "one_axis", "integer", "sparse"])
-def test_bad_input_on_one_rank_is_an_error_on_every_rank(name, launcher):
+@pytest.mark.parametrize("name", BAD_INPUTS)
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"affine": False, "track_running_stats": False}], ids=str)
+def test_bad_input_on_one_rank_is_an_error_on_every_rank(name, options):
     bad, kind, _ = BAD_INPUTS[name]
+    if name == "device" and len(options) == 2:
+        return  # nothing in the layer then says which device is right
+    _assert_refused_everywhere("thread", bad, kind, options)
+
+
+@pytest.mark.parametrize("name", ["channels", "integer"])
+def test_bad_input_on_one_rank_is_an_error_on_every_rank_over_gloo(name):
+    bad, kind, _ = BAD_INPUTS[name]
+    _assert_refused_everywhere("gloo", bad, kind, {})
+
+
+def _assert_refused_everywhere(launcher, bad, kind, options):
     good = torch.randn(2, 4, 3)
-    errors = rank_errors(_forward, 3, launcher, [good, bad, good])
+    errors = rank_errors(_forward, 3, launcher, [good, bad, good], options)
     assert type(errors[1]) is kind
     for rank in (0, 2):
         assert type(errors[rank]) is RuntimeError

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..comm import LocalCommunicator, as_communicator
+from ..comm import Communicator, LocalCommunicator, as_communicator
 from ..functional import batch_stats_norm, running_stats_norm
 
 
@@ -82,19 +82,23 @@ class SyncBatchNorm(_BatchNorm):
         if not self.training and self.running_mean is not None:
             return running_stats_norm(input, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
         comm = as_communicator(self.process_group) if self.training else LocalCommunicator()
-        tracked: Any = self.num_batches_tracked
         if not (self.training and self.track_running_stats):
-            return batch_stats_norm(input, None, None, self.weight, self.bias, 0.0, self.eps, comm)[0]
-        momentum: Any = self.momentum
-        if momentum is None:
-            # A tensor, for the number of batches is on the device: 1 / (batches with this one).
-            momentum = (tracked + 1).double().reciprocal()
-        y, count = batch_stats_norm(
-            input, self.running_mean, self.running_var, self.weight, self.bias, momentum, self.eps, comm
-        )
+            return self._normalise(input, None, None, 0.0, comm)[0]
+        tracked: Any = self.num_batches_tracked
+        # Of a cumulative average this batch is one part in as many as there are with it; a tensor, as they are counted
+        # on the device.
+        momentum = (tracked + 1).double().reciprocal() if self.momentum is None else self.momentum
+        y, count = self._normalise(input, self.running_mean, self.running_var, momentum, comm)
         # As the running statistics, untouched by a batch that had no variance to take.
         tracked.add_(count > 1)
         return y
+
+    def _normalise(
+        self, input: Tensor, running_mean: Any, running_var: Any, momentum: Any, comm: Communicator
+    ) -> tuple[Tensor, Tensor]:
+        return batch_stats_norm(
+            input, self.num_features, running_mean, running_var, self.weight, self.bias, momentum, self.eps, comm
+        )
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Nothing: forward's own checks cover every number of axes."""
