@@ -40,7 +40,7 @@ def main() -> int:
     command = [python, *COMMANDS[name], *arguments]
     if name == "test":
         os.chdir(ROOT)
-    os.execv(python, command)
+    return os.execv(python, command)
 
 
 def virtual_environment() -> str:
