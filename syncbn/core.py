@@ -12,14 +12,21 @@ always send the same messages.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
+
+# Added to the count by each rank with float64 input, which sends a second message: a fraction that counts stay clear of
+# (exact for up to 2^33 elements a channel and 2^20 ranks), by which ranks see that not all of them will.
+_WIDE = 2.0**-20
 
 
 class Saved(NamedTuple):
     """What backward needs of forward, beside x and weight.
 
     Attributes:
-        mean: (c,) mean over all ranks, in the accumulate dtype.
+        mean: (c,) float64, mean over all ranks.
         invstd: (c,) 1 / sqrt(var + eps) over all ranks, in the accumulate dtype.
         count: () float64, elements per channel over all ranks.
     """
@@ -31,6 +38,7 @@ class Saved(NamedTuple):
 
 def forward(
     x: Any,
+    y: Any,
     weight: Any,
     bias: Any,
     running_mean: Any,
@@ -39,7 +47,7 @@ def forward(
     eps: float,
     kernels: Any,
     comm: Any,
-) -> tuple[Any, Saved]:
+) -> Saved:
     """Normalises x by the mean and variance over the x of all ranks.
 
     y = (x - mean) * invstd * weight + bias, and in place
@@ -47,6 +55,7 @@ def forward(
 
     Args:
         x: (n, c, s), this rank's part of the batch; n may be 0, and n and s may differ between ranks.
+        y: (n, c, s), of x's dtype: where the result goes.
         weight, bias: (c,) or None.
         running_mean, running_var: (c,), updated in place, or both None.
         momentum: a float, or a 0-d array of x's library and device.
@@ -55,7 +64,7 @@ def forward(
         comm: the communicator.
 
     Returns:
-        y, of x's shape and dtype, and what backward needs.
+        what backward needs.
 
     Collective:
         all_reduce of 2c + 1 float64; float64 input sends a second of the same size. Every rank must call.
@@ -63,34 +72,40 @@ def forward(
     Raises:
         ValueError: one element a channel over all ranks, on every rank (on accelerators, where reading the count
             would stall the device, y is then `bias` and the running statistics stay untouched).
-        RuntimeError: another rank refused its input.
+        RuntimeError: another rank refused its input, or float64 input on some ranks only. On every rank.
     """
     moments = kernels.stats(x, None)
+    wide = x.dtype.itemsize == 8
+    if wide:
+        moments[-1] += _WIDE
     comm.all_reduce(moments)
-    _check_count(moments[-1], comm)
+    _check_count(moments[-1], wide, comm)
     center = None
-    if x.dtype.itemsize == 8:
+    if wide:
         # Squares of float64 are not exact in float64, so var = E[x^2] - mean^2 would cancel: take them about the mean.
-        center = moments[: x.shape[1]] / (moments[-1] + (moments[-1] == 0))
+        count = moments[-1] - _WIDE * comm.world_size
+        center = moments[: x.shape[1]] / (count + (count == 0))
         moments = kernels.stats(x, center)
         comm.all_reduce(moments)
-    mean, invstd, count = kernels.combine(moments, center, x.dtype, running_mean, running_var, momentum, eps)
-    return kernels.elemt(x, mean, invstd, weight, bias), Saved(mean, invstd, count)
+    saved = Saved(*kernels.combine(moments, center, x.dtype, running_mean, running_var, momentum, eps))
+    kernels.elemt(x, saved.mean, saved.invstd, weight, bias, y)
+    return saved
 
 
-def backward(dy: Any, x: Any, weight: Any, saved: Saved, kernels: Any, comm: Any) -> tuple[Any, Any, Any]:
+def backward(dy: Any, x: Any, dx: Any, weight: Any, saved: Saved, kernels: Any, comm: Any) -> tuple[Any, Any]:
     """Differentiates forward.
 
     dx = weight * invstd * (dy - sum_dy / count - (x - mean) * invstd^2 * sum_dy_xmu / count)
 
     Args:
         dy: (n, c, s), the gradient of this rank's y.
+        dx: (n, c, s), of x's dtype: where the gradient of x goes.
         x, weight, kernels, comm: as given to forward.
         saved: as forward returned it.
 
     Returns:
-        dx, of x's shape and dtype; grad_weight and grad_bias, (c,) float64, of this rank's elements alone, so that
-        data-parallel training averages them like every other gradient.
+        grad_weight and grad_bias, (c,) float64, of this rank's elements alone, so that data-parallel training averages
+        them like every other gradient.
 
     Collective:
         all_reduce of 2c float64. Every rank must call.
@@ -99,42 +114,55 @@ def backward(dy: Any, x: Any, weight: Any, saved: Saved, kernels: Any, comm: Any
     sums = kernels.backward_reduce(dy, x, saved.mean)
     local = 1.0 * sums  # a copy, for all_reduce works in place
     comm.all_reduce(sums)
-    dx = kernels.backward_elemt(dy, x, *saved, weight, sums)
-    return dx, local[c:] * saved.invstd, local[:c]
+    kernels.backward_elemt(dy, x, *saved, weight, sums, dx)
+    return local[c:] * saved.invstd, local[:c]
 
 
 def eval_forward(
-    x: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, eps: float, kernels: Any
-) -> tuple[Any, Saved]:
+    x: Any, y: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, eps: float, kernels: Any
+) -> Saved:
     """Normalises x by the running statistics: as forward, with nothing sent and nothing updated."""
     # Running statistics as moments: those, about running_mean, of one element with that variance.
     moments = kernels.stats(x[:0], None)
     moments[x.shape[1] : -1] = running_var
     moments[-1] = 1
-    mean, invstd, count = kernels.combine(moments, running_mean, x.dtype, None, None, 0.0, eps)
-    return kernels.elemt(x, mean, invstd, weight, bias), Saved(mean, invstd, count)
+    saved = Saved(*kernels.combine(moments, running_mean, x.dtype, None, None, 0.0, eps))
+    kernels.elemt(x, saved.mean, saved.invstd, weight, bias, y)
+    return saved
 
 
-def eval_backward(dy: Any, x: Any, weight: Any, saved: Saved, kernels: Any) -> tuple[Any, Any, Any]:
+def eval_backward(dy: Any, x: Any, dx: Any, weight: Any, saved: Saved, kernels: Any) -> tuple[Any, Any]:
     """Differentiates eval_forward: as backward, but mean and invstd are constants, and nothing is sent."""
     c = x.shape[1]
     sums = kernels.backward_reduce(dy, x, saved.mean)
     no_sums = kernels.backward_reduce(dy[:0], x[:0], saved.mean)
-    return kernels.backward_elemt(dy, x, *saved, weight, no_sums), sums[c:] * saved.invstd, sums[:c]
+    kernels.backward_elemt(dy, x, *saved, weight, no_sums, dx)
+    return sums[c:] * saved.invstd, sums[:c]
 
 
-def refuse(moments: Any, comm: Any) -> None:
-    """Tells the other ranks, in place of this rank's statistics, that it raises an error instead of normalising.
+@contextmanager
+def refusing(message: Callable[[], Any], comm: Any) -> Iterator[None]:
+    """Tells the other ranks, where an error is raised within, that this rank will not send its statistics.
+
+    Forward's check of the count then raises on them too; backward, which sends no count, gives them gradients of NaN.
 
     Args:
-        moments: float64 of any content, as long as what the other ranks send.
+        message: returns a float64 array as long as what the other ranks send, or None where that is not known.
         comm: the communicator.
 
     Collective:
-        the first all_reduce of forward, or that of backward.
+        on an error, the first all_reduce of forward, or that of backward.
     """
-    moments[...] = float("nan")
-    comm.all_reduce(moments)
+    try:
+        yield
+    except Exception as error:
+        buffer = message()
+        if buffer is not None:
+            buffer[...] = float("nan")
+            comm.all_reduce(buffer)
+        if type(error) in (TypeError, ValueError):
+            raise type(error)(f"{rank_prefix(comm)}{error}") from None
+        raise
 
 
 def rank_prefix(comm: Any) -> str:
@@ -142,18 +170,23 @@ def rank_prefix(comm: Any) -> str:
     return f"[rank {comm.rank}/{comm.world_size}] " if comm.world_size > 1 else ""
 
 
-def _check_count(count: Any, comm: Any) -> None:
-    """Raises, on all ranks alike, where there is no variance to take. Reads the count only where that is free."""
+def _check_count(count: Any, wide: bool, comm: Any) -> None:
+    """Raises, on all ranks alike, what all can see of a first message. Reads the count only where that is free."""
     if str(getattr(count, "device", "cpu")) != "cpu":
         return
-    elements = float(count)
-    if elements == 1:
-        raise ValueError(
-            f"{rank_prefix(comm)}expected more than 1 value per channel when training, over all ranks together; "
-            "got 1: use larger batches or inputs, or eval mode"
-        )
+    marks, elements = math.modf(float(count))
     if elements != elements:
         raise RuntimeError(
             f"{rank_prefix(comm)}expected statistics from every rank; another rank refused its input and raised an "
             "error: see that rank's message. The running statistics are untouched"
+        )
+    if marks != wide * _WIDE * comm.world_size:
+        raise RuntimeError(
+            f"{rank_prefix(comm)}expected float64 input on every rank or on none; got it on {marks / _WIDE:g} of "
+            f"{comm.world_size}, and here {'also' if wide else 'not'}: give all ranks, empty ones too, one dtype"
+        )
+    if elements == 1:
+        raise ValueError(
+            f"{rank_prefix(comm)}expected more than 1 value per channel when training, over all ranks together; "
+            "got 1: use larger batches or inputs, or eval mode"
         )

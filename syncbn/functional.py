@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import mode
 from typing import Any
 
 import torch
@@ -63,13 +64,13 @@ def sync_batch_norm(
     """
     comm = as_communicator(process_group) if training else LocalCommunicator()
     if training:
-        return batch_stats_norm(input, None, running_mean, running_var, weight, bias, momentum, eps, comm)[0]
+        return batch_stats_norm(input, 0, running_mean, running_var, weight, bias, momentum, eps, comm)[0]
     return running_stats_norm(input, running_mean, running_var, weight, bias, eps)
 
 
 def batch_stats_norm(
     input: Tensor,
-    num_features: int | None,
+    num_features: int,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None,
@@ -81,7 +82,7 @@ def batch_stats_norm(
     """Normalises by the statistics of the batch. As sync_batch_norm in training.
 
     Args:
-        num_features: C where it is known; else the vectors say it.
+        num_features: C where none of the vectors says it; 0 where the input does.
         momentum: a number or a 0-d tensor.
         input, running_mean, running_var, weight, bias, eps: as sync_batch_norm.
         comm: the communicator.
@@ -89,20 +90,34 @@ def batch_stats_norm(
     Returns:
         The result, and the number of elements per channel over all ranks, () float64 on the input's device.
     """
-    vectors = [v for v in (weight, bias, running_mean, running_var) if v is not None]
-    try:
-        _check(input, num_features, running_mean, running_var, weight, bias)
-    except (TypeError, ValueError) as error:
-        # What the other ranks send, as far as this rank's other arguments tell.
-        c = num_features if num_features is not None else next((v.numel() for v in vectors), None)
-        device = next((v.device for v in (*vectors, input) if isinstance(v, Tensor)), "cpu")
-        if c is not None:
-            core.refuse(torch.empty(2 * c + 1, dtype=torch.float64, device=device), comm)
-        raise type(error)(f"{core.rank_prefix(comm)}{error}") from None
+
+    def message() -> Tensor | None:
+        """Returns what the other ranks send, as far as the arguments tell: most of them, for one is wrong."""
+        tensors = [v for v in (weight, bias, running_mean, running_var, input) if isinstance(v, Tensor)]
+        channels = [v.shape[0] for v in tensors if v.dim() == 1 and v is not input]
+        if num_features:
+            channels.append(num_features)
+        if isinstance(input, Tensor) and not input.is_nested and input.dim() > 1:
+            channels.append(input.shape[1])
+        devices = [v.device for v in tensors if v.device.type != "meta"]
+        if not channels:
+            return None
+        return torch.empty(2 * mode(channels) + 1, dtype=torch.float64, device=devices[0] if devices else "cpu")
+
+    with core.refusing(message, comm):
+        _check(input, num_features, running_mean, running_var, weight, bias, momentum, eps)
+        if input.is_inference() and torch.is_grad_enabled() and any(_needs_grad(v) for v in (weight, bias)):
+            raise ValueError(
+                "expected an input that autograd can save; got an inference tensor: clone it outside inference mode"
+            )
     y, count = _BatchStatsNorm.apply(  # type: ignore[no-untyped-call]
         input, weight, bias, running_mean, running_var, momentum, eps, layout_of(input), comm
     )
     return y, count
+
+
+def _needs_grad(v: Tensor | None) -> bool:
+    return v is not None and v.requires_grad
 
 
 def running_stats_norm(
@@ -114,7 +129,7 @@ def running_stats_norm(
     eps: float,
 ) -> Tensor:
     """Normalises by the running statistics. As sync_batch_norm in evaluation; sends nothing, in backward neither."""
-    _check(input, None, running_mean, running_var, weight, bias)
+    _check(input, 0, running_mean, running_var, weight, bias, 0.0, eps)
     if running_mean is None or running_var is None:
         raise ValueError(
             "expected running_mean and running_var when not training; got None: pass them, or training=True"
@@ -148,49 +163,69 @@ class _BatchStatsNorm(torch.autograd.Function):
         comm: Communicator,
     ) -> tuple[Tensor, Tensor]:
         x = layout.flatten(input)
-        kernels = select(x)
-        with torch.autocast(x.device.type, enabled=False):
-            y, saved = core.forward(x, weight, bias, running_mean, running_var, momentum, eps, kernels, comm)
+        # Not a view of what the kernels filled: views that a Function returns must not be modified in place.
+        y = torch.empty_strided(layout.shape, layout.strides, dtype=input.dtype, device=input.device)
+        ctx.layout, ctx.kernels, ctx.comm = layout, select(x), comm
+        saved = core.forward(
+            x, layout.flatten(y), weight, bias, running_mean, running_var, momentum, eps, ctx.kernels, comm
+        )
         ctx.save_for_backward(input, weight, *saved)
-        ctx.layout, ctx.kernels, ctx.comm = layout, kernels, comm
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.mark_non_differentiable(saved.count)
         ctx.set_materialize_grads(False)
-        return layout.restore(y), saved.count
+        return y, saved.count
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         # The sums are sent whatever this rank needs, for another may need what this one does not.
-        input, weight, *saved = ctx.saved_tensors
+        layout = ctx.layout
+        with core.refusing(lambda: _backward_message(ctx, grad_output), ctx.comm):
+            input, weight, *saved = ctx.saved_tensors  # raises where one was modified in place
         if grad_output is None:
             grad_output = torch.zeros_like(input)
-        x, dy = ctx.layout.flatten(input), ctx.layout.flatten(grad_output)
-        with torch.autocast(x.device.type, enabled=False):
-            dx, grad_weight, grad_bias = core.backward(dy, x, weight, core.Saved(*saved), ctx.kernels, ctx.comm)
+        dx = torch.empty_strided(layout.shape, layout.strides, dtype=input.dtype, device=input.device)
+        grad_weight, grad_bias = core.backward(
+            layout.flatten(grad_output),
+            layout.flatten(input),
+            layout.flatten(dx),
+            weight,
+            core.Saved(*saved),
+            ctx.kernels,
+            ctx.comm,
+        )
         return (
-            ctx.layout.restore(dx),
+            dx,
             None if weight is None else grad_weight.to(weight.dtype),
             None if ctx.bias_dtype is None else grad_bias.to(ctx.bias_dtype),
             *[None] * 6,
         )
 
 
+def _backward_message(ctx: Any, grad_output: Tensor | None) -> Tensor:
+    device = "cpu" if grad_output is None else grad_output.device
+    return torch.empty(2 * ctx.layout.shape[1], dtype=torch.float64, device=device)
+
+
 def _check(
     input: Tensor,
-    num_features: int | None,
+    num_features: int,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    momentum: float | Tensor,
+    eps: float,
 ) -> None:
     """Refuses arguments that do not fit each other, before anything is sent or changed."""
-    if not isinstance(input, Tensor) or input.layout != torch.strided:
+    if not isinstance(input, Tensor) or input.layout != torch.strided or input.is_nested:
         kind = f"a {input.layout} tensor" if isinstance(input, Tensor) else type(input).__name__
         raise TypeError(f"expected input to be a dense torch.Tensor; got {kind}: convert it first")
-    check_arguments(input, num_features, weight, bias, running_mean, running_var)
     for name, v in (("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var)):
+        if v is not None and not isinstance(v, Tensor):
+            raise TypeError(f"expected {name} to be a torch.Tensor or None; got {type(v).__name__}: convert it first")
         if v is not None and v.device != input.device:
             raise ValueError(
                 f"expected {name} on the input's device, {input.device}; got {v.device}: move both to one device"
             )
+    check_arguments(input, num_features, weight, bias, running_mean, running_var, momentum, eps)

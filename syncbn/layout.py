@@ -30,6 +30,14 @@ class Layout:
     shape: tuple[int, ...]
     channels_last: bool
 
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """The strides, in elements, of a dense array of this layout; it is flattened without a copy."""
+        n, c, *spatial = self.shape
+        order = (n, *spatial, c) if self.channels_last else self.shape
+        steps = [math.prod(order[i + 1 :]) for i in range(len(order))]
+        return (steps[0], steps[-1], *steps[1:-1]) if self.channels_last else tuple(steps)
+
     def flatten(self, x: Any) -> Any:
         """Views x, of this layout's shape, as (n, c, s).
 
@@ -57,19 +65,21 @@ def layout_of(x: Any) -> Layout:
 
 
 def check_arguments(
-    x: Any, num_features: int | None, weight: Any, bias: Any, running_mean: Any, running_var: Any
+    x: Any, num_features: int, weight: Any, bias: Any, running_mean: Any, running_var: Any, momentum: Any, eps: Any
 ) -> None:
-    """Refuses what is not a floating-point batch of shape (N, C, ...) with vectors of length C.
+    """Refuses what is not a floating-point batch of shape (N, C, ...) with vectors of length C and sensible numbers.
 
     Args:
         x: a torch tensor or an ndarray.
-        num_features: C, or None where the first of the following that is given says it.
+        num_features: C, where none of the vectors says it; 0 where x does.
         weight, bias, running_mean, running_var: of x's library, or None.
+        momentum: a number, or a 0-d array.
+        eps: a number.
 
     Raises:
-        TypeError: x is of none of the dtypes float16, bfloat16, float32, float64.
-        ValueError: x has fewer than two axes, no channels, or a number of channels that does not fit the vectors; or
-            one of running_mean and running_var alone is given.
+        TypeError: x or a vector is of none of the dtypes float16, bfloat16, float32, float64.
+        ValueError: x has fewer than two axes, no channels, or a number of channels that does not fit the vectors; one
+            of running_mean and running_var alone is given; eps is not above 0; momentum is not finite.
     """
     shape = tuple(x.shape)
     if len(shape) < 2:
@@ -79,8 +89,7 @@ def check_arguments(
         )
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     given = {name: tuple(v.shape) for name, v in vectors.items() if v is not None}
-    known = num_features is not None or bool(given)
-    expected = (num_features,) if num_features is not None else next(iter(given.values()), (shape[1],))
+    expected = next(iter(given.values()), (num_features or shape[1],))
     for name, got in given.items():
         if len(got) != 1 or got != expected:
             raise ValueError(
@@ -88,13 +97,17 @@ def check_arguments(
                 f"for {expected}: was it replaced, or loaded from another layer?"
             )
     if shape[1] == 0 or (shape[1],) != expected:
-        wanted = f"{expected[0]} channels" if known else "at least 1 channel"
         raise ValueError(
-            f"expected an input with {wanted} on axis 1; got {shape[1]}, shape {shape}: "
+            f"expected an input with {expected[0] or 'at least 1'} channels on axis 1; got {shape[1]}, shape {shape}: "
             "check num_features against the layer before this one"
         )
     if (running_mean is None) != (running_var is None):
         raise ValueError("expected running_mean and running_var, or neither; got one: pass both, or None for both")
-    dtype = str(x.dtype).removeprefix("torch.")
-    if dtype not in FLOATING:
-        raise TypeError(f"expected an input of dtype {', '.join(FLOATING)}; got {dtype}: convert it first")
+    for name, v in {"an input": x, **vectors}.items():
+        dtype = None if v is None else str(v.dtype).removeprefix("torch.")
+        if dtype is not None and dtype not in FLOATING:
+            raise TypeError(f"expected {name} of dtype {', '.join(FLOATING)}; got {dtype}: convert it first")
+    if not float(eps) > 0:
+        raise ValueError(f"expected eps above 0; got {eps}: a channel of equal values would be divided by 0")
+    if isinstance(momentum, (str, bytes)) or (isinstance(momentum, float) and not math.isfinite(momentum)):
+        raise ValueError(f"expected momentum to be a finite number; got {momentum!r}")

@@ -84,7 +84,7 @@ class SyncBatchNorm:
         self.num_batches_tracked: Array | None = np.array(0, np.int64) if track_running_stats else None
         self.grad_weight: Array | None = None
         self.grad_bias: Array | None = None
-        self._saved: tuple[Array, Layout, core.Saved, Communicator | None] | None = None
+        self._saved: tuple[Array, Array | None, Layout, core.Saved, Communicator | None] | None = None
 
     def train(self, mode: bool = True) -> SyncBatchNorm:
         """Sets training mode (statistics of the batch, synchronised) and returns the layer."""
@@ -96,46 +96,51 @@ class SyncBatchNorm:
         return self.train(False)
 
     def forward(self, x: Array) -> Array:
-        """Normalises x, (N, C, ...), and keeps what backward needs, x itself included.
+        """Normalises x, (N, C, ...), and keeps what backward needs: x itself, which must stay as it is until then.
 
         Raises:
-            TypeError: x is no ndarray of a floating dtype.
+            TypeError: x is no ndarray of a floating dtype, or a matrix or masked array.
             ValueError: shapes that do not fit, or a single element per channel over all ranks.
             RuntimeError: another rank raised one of these; no rank is left waiting.
         """
         comm = self.comm if self.training else LocalCommunicator()
-        try:
-            if not isinstance(x, np.ndarray):
-                raise TypeError(f"expected x to be a numpy.ndarray; got {type(x).__name__}: convert it first")
-            check_arguments(x, self.num_features, self.weight, self.bias, self.running_mean, self.running_var)
-        except (TypeError, ValueError) as error:
-            core.refuse(np.empty(2 * self.num_features + 1), comm)
-            raise type(error)(f"{core.rank_prefix(comm)}{error}") from None
+        with core.refusing(lambda: np.empty(2 * self.num_features + 1), comm):
+            self._check(x)
         layout = layout_of(x)
         flat = layout.flatten(x)
+        y = np.empty(flat.shape, x.dtype)
         kernels = select(flat)
+        weight = None if self.weight is None else self.weight.copy()  # backward's, whatever an optimizer does before it
         if self.training or self.running_mean is None:
-            y, saved = self._normalise_by_batch(flat, kernels, comm)
-            self._saved = x, layout, saved, comm
+            saved = self._normalise_by_batch(flat, y, kernels, comm)
+            self._saved = x, weight, layout, saved, comm
         else:
-            y, saved = core.eval_forward(
-                flat, self.weight, self.bias, self.running_mean, self.running_var, self.eps, kernels
+            saved = core.eval_forward(
+                flat, y, weight, self.bias, self.running_mean, self.running_var, self.eps, kernels
             )
-            self._saved = x, layout, saved, None
+            self._saved = x, weight, layout, saved, None
         result: Array = layout.restore(y)
         return result
 
-    def _normalise_by_batch(self, flat: Array, kernels: Any, comm: Communicator) -> tuple[Array, core.Saved]:
+    def _check(self, x: Array) -> None:
+        if not isinstance(x, np.ndarray) or isinstance(x, (np.matrix, np.ma.MaskedArray)):
+            raise TypeError(f"expected x to be a plain numpy.ndarray; got {type(x).__name__}: convert it first")
+        vectors = self.weight, self.bias, self.running_mean, self.running_var
+        for v in vectors:
+            if v is not None and not isinstance(v, np.ndarray):
+                raise TypeError(f"expected parameters to be ndarrays or None; got {type(v).__name__}: convert it first")
+        check_arguments(x, self.num_features, *vectors, self.momentum, self.eps)
+
+    def _normalise_by_batch(self, flat: Array, y: Array, kernels: Any, comm: Communicator) -> core.Saved:
         if not (self.training and self.track_running_stats):
-            return core.forward(flat, self.weight, self.bias, None, None, 0.0, self.eps, kernels, comm)
+            return core.forward(flat, y, self.weight, self.bias, None, None, 0.0, self.eps, kernels, comm)
         assert self.num_batches_tracked is not None
         momentum = 1.0 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum
-        y, saved = core.forward(
-            flat, self.weight, self.bias, self.running_mean, self.running_var, momentum, self.eps, kernels, comm
-        )
+        running = self.running_mean, self.running_var
+        saved = core.forward(flat, y, self.weight, self.bias, *running, momentum, self.eps, kernels, comm)
         # As the running statistics, untouched by a batch that had no variance to take.
         self.num_batches_tracked += saved.count > 1
-        return y, saved
+        return saved
 
     def backward(self, dy: Array) -> Array:
         """Returns dx for the latest forward, and sets grad_weight and grad_bias.
@@ -149,17 +154,20 @@ class SyncBatchNorm:
         """
         if self._saved is None:
             raise RuntimeError("expected backward after forward; got no forward: call forward(x) first")
-        x, layout, saved, comm = self._saved
-        if np.shape(dy) != x.shape:
-            if comm is not None:
-                core.refuse(np.empty(2 * self.num_features), comm)
-            raise ValueError(f"expected dy of forward's shape, {x.shape}; got {np.shape(dy)}: pass the gradient of y")
-        flat, flat_dy = layout.flatten(x), layout.flatten(np.asarray(dy))
+        x, weight, layout, saved, comm = self._saved
+        with core.refusing(lambda: np.empty(2 * self.num_features), comm or LocalCommunicator()):
+            dy = np.asarray(dy)
+            if dy.shape != x.shape:
+                raise ValueError(f"expected dy of forward's shape, {x.shape}; got {dy.shape}: pass the gradient of y")
+            if dy.dtype.kind not in "fiu":
+                raise TypeError(f"expected dy of real numbers; got {dy.dtype}: pass the gradient of y")
+        flat, flat_dy = layout.flatten(x), layout.flatten(dy.astype(x.dtype, copy=False))
+        dx = np.empty(flat.shape, x.dtype)
         kernels = select(flat)
         if comm is None:
-            dx, grad_weight, grad_bias = core.eval_backward(flat_dy, flat, self.weight, saved, kernels)
+            grad_weight, grad_bias = core.eval_backward(flat_dy, flat, dx, weight, saved, kernels)
         else:
-            dx, grad_weight, grad_bias = core.backward(flat_dy, flat, self.weight, saved, kernels, comm)
+            grad_weight, grad_bias = core.backward(flat_dy, flat, dx, weight, saved, kernels, comm)
         self.grad_weight = None if self.weight is None else grad_weight.astype(self.weight.dtype)
         self.grad_bias = None if self.bias is None else grad_bias.astype(self.bias.dtype)
         result: Array = layout.restore(dx)
@@ -180,7 +188,7 @@ class SyncBatchNorm:
         own = {name: value for name in _STATE if (value := getattr(self, name)) is not None}
         if set(state) != set(own):
             raise KeyError(f"expected the names {sorted(own)}; got {sorted(state)}: was the layer built differently?")
-        new = {name: np.asarray(state[name]) for name in own}
+        new = {name: np.asarray(state[name], value.dtype) for name, value in own.items()}
         for name, value in own.items():
             if new[name].shape != value.shape:
                 raise ValueError(

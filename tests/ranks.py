@@ -24,7 +24,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-GRACE_SECONDS = 3.0  # that the other ranks get to finish by themselves after one has failed
+# What the other ranks get to finish by themselves after one has failed; processes may still be starting.
+THREAD_GRACE_SECONDS, PROCESS_GRACE_SECONDS = 3.0, 15.0
 
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["torch", "torch.distributed", "syncbn.nn"])
@@ -114,7 +115,7 @@ def _run_threads(fn: Callable[..., Any], world_size: int, args: tuple[Any, ...],
     failing = False
     while any(answer is None for answer in answers) and time.monotonic() < deadline:
         if not failing and any(isinstance(answer, _Failure) for answer in answers):
-            failing, deadline = True, min(deadline, time.monotonic() + GRACE_SECONDS)
+            failing, deadline = True, min(deadline, time.monotonic() + THREAD_GRACE_SECONDS)
         time.sleep(0.0002)
     barrier.abort()  # frees who waits for a rank that will not come
     for thread in threads:
@@ -147,11 +148,11 @@ def _run_gloo(fn: Callable[..., Any], world_size: int, args: tuple[Any, ...], ti
                     outcomes[rank] = _Failure(SystemExit(processes[rank].exitcode), text)
                 receiver.close()
                 if isinstance(outcomes[rank], _Failure):
-                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+                    deadline = min(deadline, time.monotonic() + PROCESS_GRACE_SECONDS)
         for receiver, rank in waiting.items():
             processes[rank].kill()
             outcomes[rank] = _Failure(
-                TimeoutError(), f"no answer within {timeout} s, or {GRACE_SECONDS} s of a failure"
+                TimeoutError(), f"no answer within {timeout} s, or {PROCESS_GRACE_SECONDS} s of a failure"
             )
             receiver.close()
         for process in processes:

@@ -102,7 +102,7 @@ def test_trap_21_a_shared_layer_stays_one_object():
 
 def test_trap_21_lazy_layers_are_refused_before_anything_is_converted():
     lazy = nn.Sequential(nn.BatchNorm1d(2), nn.LazyBatchNorm1d())
-    with pytest.raises(ValueError, match="got the lazy layers 1: send one batch"):
+    with pytest.raises(ValueError, match=r"got lazy ones, 1 \(LazyBatchNorm1d\): send one batch"):
         syncbn.convert_sync_batchnorm(lazy)
     assert type(lazy[0]) is nn.BatchNorm1d
     lazy(torch.randn(4, 2))
@@ -146,18 +146,59 @@ def test_trap_21_the_same_name_elsewhere_is_not_mistaken_for_timms():
         assert type(syncbn.convert_sync_batchnorm(cls(3))) is cls
 
 
-def test_trap_21_a_parametrized_layer_stays_parametrized():
-    class Halved(nn.Module):
-        def forward(self, v):
-            return v / 2
+class Halved(nn.Module):
+    """A parametrization."""
 
-    layer, expected = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
-    for module in (layer, expected):
-        parametrize.register_parametrization(module, "weight", Halved())
-    syncbn.convert_sync_batchnorm(layer)
+    def forward(self, v):
+        return v / 2
+
+
+def test_trap_21_parametrized_layers_are_left_and_named():
+    layer = nn.BatchNorm1d(3)
+    parametrize.register_parametrization(layer, "weight", Halved())
+    with pytest.warns(UserWarning, match="the module itself"):
+        syncbn.convert_sync_batchnorm(layer)
+    parametrize.remove_parametrizations(layer, "weight")
+    assert type(syncbn.convert_sync_batchnorm(layer)) is syncbn.SyncBatchNorm
+    parametrize.register_parametrization(layer, "weight", Halved())
+    with pytest.warns(UserWarning, match="left as they are, synchronised"):
+        syncbn.revert_sync_batchnorm(layer)
+    assert torch.isfinite(layer(torch.randn(4, 3))).all()
+    parametrize.remove_parametrizations(layer, "weight")
+    assert type(syncbn.revert_sync_batchnorm(layer)) is nn.BatchNorm1d
+
+
+def test_trap_21_a_forward_set_on_the_layer_itself_is_kept():
+    layer = nn.BatchNorm1d(3)
+    original = layer.forward
+    layer.forward = lambda x: original(x) + 1  # as hooks of other libraries do
+    with pytest.warns(UserWarning, match="the module itself"):
+        syncbn.convert_sync_batchnorm(layer)
+    assert type(layer) is nn.BatchNorm1d
+
+
+def test_trap_21_an_attribute_named_process_group_is_kept():
+    network = nn.Sequential(Named(3), nn.SyncBatchNorm(3))
+    network[0].process_group = "mine"
+    syncbn.convert_sync_batchnorm(network)
+    assert network[0].process_group is None
+    syncbn.revert_sync_batchnorm(network)
+    assert network[0].process_group == "mine"
+
+
+def test_conversion_is_all_or_nothing():
+    network = nn.Sequential(nn.BatchNorm1d(3), nn.SyncBatchNorm(3, process_group="no group"))
+    with pytest.raises(TypeError, match="expected process_group to be None, a ProcessGroup"):
+        syncbn.convert_sync_batchnorm(network)
+    assert [type(layer) for layer in network] == [nn.BatchNorm1d, nn.SyncBatchNorm]
+    assert network[1].process_group == "no group"
+
+
+def test_subclasses_of_torchs_sync_batch_norm_are_none_after_conversion():
+    """DistributedDataParallel refuses them on CPUs."""
+    layer = syncbn.convert_sync_batchnorm(norm_act_class("SyncBatchNormAct", nn.SyncBatchNorm)(3))
     assert isinstance(layer, syncbn.SyncBatchNorm)
-    x = torch.randn(6, 3)
-    torch.testing.assert_close(layer(x), expected(x), rtol=1e-5, atol=1e-5)
+    assert not isinstance(layer, nn.SyncBatchNorm)
 
 
 def test_a_layer_built_as_sync_batch_norm_reverts_to_one_for_any_number_of_axes():

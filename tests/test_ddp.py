@@ -171,7 +171,7 @@ def test_trap_30_unequal_batches_equal_one_process_with_scale_loss(sizes):
 
 
 def _scaled(rank, group, sizes):
-    loss = torch.tensor(float(rank + 1) if sizes[rank] else float("nan"), requires_grad=True)
+    loss = torch.tensor(float("nan") if sizes[rank] == 0 else float(rank + 1), requires_grad=True)
     scaled = syncbn.scale_loss(loss, sizes[rank], group)
     scaled.backward()
     return scaled.item(), loss.grad.item()
@@ -184,9 +184,13 @@ def test_trap_30_the_mean_of_scaled_losses_is_the_mean_over_samples():
 
 
 def test_scale_loss_refuses_a_negative_batch_size_and_leaves_no_rank_waiting():
-    errors = rank_errors(_scaled, 2, "thread", [-1, 2])
-    assert "expected a batch_size of at least 0; got -1" in str(errors[0])
-    assert errors[1] is None or isinstance(errors[1], ValueError)
+    for bad, kind in ((-1, ValueError), (float("inf"), ValueError), (None, TypeError), ("2", TypeError)):
+        errors = rank_errors(_scaled, 2, "thread", [bad, 2])
+        assert type(errors[0]) is kind
+        assert "[rank 0/2] expected " in str(errors[0])
+        assert "another rank raised an error instead" in str(errors[1])
+    with pytest.raises(TypeError, match=r"expected loss to be a floating-point tensor; got a tensor of torch.int64"):
+        syncbn.scale_loss(torch.tensor(1), 1)
 
 
 def test_scale_loss_in_one_process_is_the_identity():

@@ -5,10 +5,11 @@ import pytest
 import torch
 from ranks import rank_errors, run_ranks
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import syncbn
 import syncbn.numpy
+from syncbn.comm import LocalCommunicator
 from syncbn.functional import sync_batch_norm
 
 BAD_INPUTS = {
@@ -172,8 +173,8 @@ BAD_ARRAYS = {
     "one_axis": (np.ones(4, np.float32), ValueError, "at least 2 axes"),
     "integer": (np.ones((2, 4), np.int32), TypeError, "got int32"),
     "big_endian": (np.ones((2, 4), ">f4"), TypeError, "expected an input of dtype float16, .*; got >f4"),
-    "list": ([[1.0, 2.0, 3.0, 4.0]], TypeError, "expected x to be a numpy.ndarray; got list"),
-    "tensor": (torch.ones(2, 4), TypeError, "expected x to be a numpy.ndarray; got Tensor"),
+    "list": ([[1.0, 2.0, 3.0, 4.0]], TypeError, "expected x to be a plain numpy.ndarray; got list"),
+    "tensor": (torch.ones(2, 4), TypeError, "expected x to be a plain numpy.ndarray; got Tensor"),
 }
 
 
@@ -220,3 +221,136 @@ def test_numpy_constructor_and_state_are_checked():
     with pytest.raises(ValueError, match=r"expected running_var of shape \(2,\); got \(3,\)"):
         layer.load_state_dict(state | {"weight": np.full(2, 7.0), "running_var": np.ones(3)})
     assert layer.weight.tolist() == [1, 1]
+
+
+def _float64_on_rank_1(rank, group, empty):
+    layer = syncbn.SyncBatchNorm(3, process_group=group)
+    x = torch.randn(0 if empty and rank == 1 else 8, 3, dtype=torch.float64 if rank == 1 else torch.float32)
+    try:
+        layer(x)
+    finally:
+        assert untouched(layer)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize("launcher", ["thread", "gloo"])
+def test_float64_on_some_ranks_only_is_an_error_on_all(launcher, empty):
+    """Theirs would be the only second message, and meet the others' next one."""
+    errors = rank_errors(_float64_on_rank_1, 3, launcher, empty)
+    assert all(isinstance(error, RuntimeError) for error in errors)
+    assert all("expected float64 input on every rank or on none; got it on 1 of 3" in str(error) for error in errors)
+
+
+def _modified_input(rank, group):
+    x = torch.randn(4, 3, requires_grad=True)
+    h = x * 1
+    y = syncbn.SyncBatchNorm(3, process_group=group)(h)
+    if rank == 1:
+        h.add_(1)
+    y.sum().backward()
+    return x.grad
+
+
+def test_an_error_in_backward_on_one_rank_leaves_nobody_waiting():
+    errors = rank_errors(_modified_input, 2, "thread")
+    assert "modified by an inplace operation" in str(errors[1])
+    assert errors[0] is None  # and its gradients are NaN
+
+    def gradients(rank, group):
+        try:
+            return _modified_input(rank, group)
+        except RuntimeError:
+            return None
+
+    assert run_ranks(gradients, 2, "thread")[0].isnan().all()
+
+
+BAD_ARGUMENTS = {
+    "weight_length": ({"weight": torch.ones(5)}, ValueError, "of one shape"),
+    "weight_list": ({"weight": [1.0, 1.0, 1.0]}, TypeError, "expected weight to be a torch.Tensor or None; got list"),
+    "integer_mean": ({"running_mean": torch.zeros(3, dtype=torch.int64)}, TypeError, "expected running_mean of dtype"),
+    "eps_zero": ({"eps": 0.0}, ValueError, "expected eps above 0; got 0.0"),
+    "eps_nan": ({"eps": float("nan")}, ValueError, "expected eps above 0; got nan"),
+    "eps_text": ({"eps": "tiny"}, ValueError, "tiny"),
+    "momentum_text": ({"momentum": "0.1"}, ValueError, "expected momentum to be a finite number"),
+    "momentum_nan": ({"momentum": float("nan")}, ValueError, "expected momentum to be a finite number; got nan"),
+    "integers": ({"input": torch.ones(4, 3, dtype=torch.int32)}, TypeError, "got int32"),
+    "no_vectors": (
+        {"input": torch.ones(4, 3).to_sparse(), "weight": None, "running_mean": None, "running_var": None},
+        TypeError,
+        "got a torch.sparse_coo",
+    ),
+    "nested": ({"input": "nested"}, TypeError, "expected input to be a dense torch.Tensor"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_bad_arguments_of_the_function_on_one_rank_are_an_error_on_every_rank(name):
+    changed, kind, message = BAD_ARGUMENTS[name]
+    if changed.get("input") == "nested":
+        changed = {"input": torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)])}
+
+    def call(rank, group):
+        running_mean, running_var = torch.zeros(3), torch.ones(3)
+        arguments = {"input": torch.randn(4, 3), "weight": torch.ones(3), "training": True, "process_group": group}
+        arguments |= {"running_mean": running_mean, "running_var": running_var} | (changed if rank else {})
+        try:
+            sync_batch_norm(**arguments)
+        finally:
+            assert (running_mean == 0).all()
+            assert (running_var == 1).all()
+
+    errors = rank_errors(call, 2, "thread")
+    with pytest.raises(kind, match=message):
+        raise errors[1]
+    assert "another rank refused its input" in str(errors[0])
+
+
+def test_an_inference_tensor_is_refused_before_anything_changes():
+    layer = syncbn.SyncBatchNorm(3)
+    with torch.inference_mode():
+        x = torch.randn(4, 3)
+    with pytest.raises(ValueError, match="got an inference tensor"):
+        layer(x)
+    assert untouched(layer)
+    with torch.inference_mode():
+        assert layer(x).shape == (4, 3)
+
+
+def test_a_class_in_place_of_a_communicator_is_refused():
+    with pytest.raises(TypeError, match="expected process_group to be None"):
+        syncbn.SyncBatchNorm(3, process_group=LocalCommunicator)
+
+
+def _mesh_of_others(rank, group):
+    mesh = DeviceMesh("cpu", [0, 1])
+    syncbn.SyncBatchNorm(3, process_group=mesh)
+
+
+def test_a_mesh_without_this_rank_is_refused():
+    errors = rank_errors(_mesh_of_others, 3, "gloo")
+    assert errors[:2] == [None, None]
+    assert "expected a process group that this process is in" in str(errors[2])
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass")
+def test_numpy_refuses_what_is_not_a_plain_array():
+    layer = syncbn.numpy.SyncBatchNorm(2)
+    for bad in (np.ma.masked_array(np.ones((3, 2)), np.eye(3, 2)), np.asmatrix(np.ones((3, 2)))):
+        with pytest.raises(TypeError, match=r"expected x to be a plain numpy\.ndarray; got"):
+            layer.forward(bad)
+    layer.forward(np.eye(3, 2))
+    with pytest.raises(TypeError, match="expected dy of real numbers; got complex128"):
+        layer.backward(np.ones((3, 2), complex))
+
+
+def test_numpy_backward_is_that_of_forwards_weight():
+    dx = []
+    for changed in (False, True):
+        layer = syncbn.numpy.SyncBatchNorm(2)
+        layer.forward(np.arange(6.0).reshape(3, 2) ** 2)
+        if changed:
+            layer.weight *= 7
+        dx.append(layer.backward(np.eye(3, 2)))
+    np.testing.assert_array_equal(*dx)

@@ -8,7 +8,7 @@ from ranks import run_ranks
 from steps import batch, in_format
 
 from syncbn import core
-from syncbn.comm import as_communicator
+from syncbn.comm import LocalCommunicator, as_communicator
 from syncbn.kernels import aten, select
 
 EVEN = {1: [24], 2: [12, 12], 3: [8, 8, 8], 7: [4] * 7}
@@ -19,11 +19,12 @@ EMPTY = {1: [24], 2: [0, 24], 3: [9, 0, 15], 7: [0, 9, 0, 5, 0, 1, 4]}
 def _forward(rank, group, parts, make):
     """Runs the algorithm on (n, c, s) parts and returns mean, invstd, y and the running statistics."""
     x = make(parts[rank])
+    y = x * 0
     c = x.shape[1]
     running_mean, running_var = make(np.zeros(c)), make(np.ones(c))
     kernels = select(x)
     comm = as_communicator(group)
-    y, saved = core.forward(x, None, None, running_mean, running_var, 0.1, 1e-5, kernels, comm)
+    saved = core.forward(x, y, None, None, running_mean, running_var, 0.1, 1e-5, kernels, comm)
     return [np.asarray(v) for v in (saved.mean, saved.invstd, y, running_mean, running_var)]
 
 
@@ -52,7 +53,9 @@ def parts_of(seed, sizes, ratio, dtype, spread=1.0):
 
 def ulps(got, truth):
     """Distance in units of the spacing of float32 numbers at the truth."""
-    return abs(got.astype(np.float64) - truth) / np.spacing(abs(truth).astype(np.float32)).astype(np.float64)
+    return abs(got.astype(np.float32).astype(np.float64) - truth) / np.spacing(abs(truth).astype(np.float32)).astype(
+        np.float64
+    )
 
 
 @pytest.mark.parametrize("make", [as_float32_tensor, as_float32_ndarray])
@@ -69,6 +72,17 @@ def test_float32_mean_and_invstd_are_within_1_ulp_and_y_within_4(world_size, siz
             assert ulps(got_invstd, invstd).max() <= 1, f"invstd at mean/std {ratio}"
             largest = np.maximum(abs(x), abs(truth.mean)[:, None]) * invstd[:, None]
             assert (abs(y - expected) <= 4 * np.spacing(largest.astype(np.float32))).all(), f"y at mean/std {ratio}"
+
+
+@pytest.mark.parametrize("make", [as_float32_tensor, as_float32_ndarray])
+@pytest.mark.parametrize("shape", [(1_000_000, 2, 1), (600, 20_000, 1), (64, 32, 196), (2, 3, 300_000)], ids=str)
+def test_float32_invstd_is_within_1_ulp_of_many_elements_too(shape, make):
+    """Sums of so many terms need more than adding one after the other."""
+    x = (np.random.default_rng(4).standard_normal(shape) + 1e4).astype(np.float32)
+    truth, _ = oracle.batch_norm([x], [x])
+    mean, invstd, *_ = _forward(0, LocalCommunicator(), [x], make)
+    assert ulps(mean, truth.mean).max() <= 1
+    assert ulps(invstd, 1 / np.sqrt(truth.var + 1e-5)).max() <= 1
 
 
 @pytest.mark.parametrize("make", [as_float32_tensor, as_float32_ndarray])
@@ -119,8 +133,14 @@ def _bits(rank, group, xs, dtype, formats):
     x = x.flatten(2)
     running_mean, running_var = torch.zeros(x.shape[1]), torch.ones(x.shape[1])
     comm = as_communicator(group)
-    y, saved = core.forward(x, None, None, running_mean, running_var, 0.1, 1e-5, aten, comm)
-    return {"mean": saved.mean, "invstd": saved.invstd, "running_mean": running_mean, "running_var": running_var}, y
+    y = torch.empty_like(x)
+    saved = core.forward(x, y, None, None, running_mean, running_var, 0.1, 1e-5, aten, comm)
+    return {
+        "mean": saved.mean.float(),
+        "invstd": saved.invstd,
+        "running_mean": running_mean,
+        "running_var": running_var,
+    }, y
 
 
 def _assert_same_bits(case, launcher, world_sizes):

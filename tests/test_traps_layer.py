@@ -283,3 +283,22 @@ def test_trap_36_running_statistics_are_updated_in_place(dtype):
 def test_a_local_communicator_keeps_statistics_local():
     layer = syncbn.SyncBatchNorm(2, process_group=LocalCommunicator())
     assert torch.isfinite(layer(torch.randn(4, 2))).all()
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (4, 3, 5, 2), (2, 3, 4, 2, 2)], ids=str)
+@pytest.mark.parametrize("format", ["contiguous", "channels_last"])
+def test_the_result_may_be_modified_in_place(shape, format):
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if format == "channels_last" else x
+    gradients = []
+    for layer in (syncbn.SyncBatchNorm(3), BATCH_NORM[len(shape)](3)):
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf)
+        y += 0.5 * leaf
+        torch.relu_(y)
+        y.square().sum().backward()
+        gradients.append(leaf.grad)
+        assert not leaf.grad._is_view()
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+    assert gradients[0].abs().max() > 0.1

@@ -51,7 +51,7 @@ def as_communicator(group: Any) -> Communicator:
         TypeError: anything else.
         ValueError: a group this process is not in, or a mesh of more than one dimension.
     """
-    if isinstance(group, Communicator):
+    if isinstance(group, Communicator) and not isinstance(group, type):
         return group
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available():

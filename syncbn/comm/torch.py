@@ -43,7 +43,7 @@ def communicator_of(group: Any) -> TorchCommunicator | LocalCommunicator:
                 f"expected a DeviceMesh of 1 dimension; got {group.ndim}, {group}: "
                 'pass one of its dimensions, mesh["name"]'
             )
-        group = group.get_group()
+        group = dist.GroupMember.NON_GROUP_MEMBER if group.get_coordinate() is None else group.get_group()
     if group is None:
         if not dist.is_initialized():
             return LocalCommunicator()
@@ -51,8 +51,8 @@ def communicator_of(group: Any) -> TorchCommunicator | LocalCommunicator:
     # What torch.distributed.new_group returns to a process outside the group differs between versions of torch.
     if group == dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError(
-            "expected a process group that this process is in; got torch.distributed.GroupMember.NON_GROUP_MEMBER, "
-            "which new_group returns to the other processes: give every rank the group that it belongs to"
+            "expected a process group that this process is in; got a group or mesh of other "
+            "processes: give every rank the group that it belongs to"
         )
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(

@@ -16,19 +16,40 @@ from torch import Tensor
 # Elements per tile: on a CPU a float64 copy then takes 1 MiB, within a core's cache; an accelerator wants few launches.
 _TILE_CPU = 1 << 17
 _TILE_ACCELERATOR = 1 << 24
+# Elements of a channel that a tile holds at least, where there are so many: the tiles' sums are then few.
+_PER_CHANNEL = 512
 
 
 def _tiles(x: Tensor) -> Iterator[tuple[slice, slice, slice]]:
-    """Cuts (n, c, s) into index tiles of a bounded number of elements, the last axes whole first."""
+    """Cuts (n, c, s) into index tiles of a bounded number of elements, those of the same channels in a row."""
     n, c, s = x.shape
     room = _TILE_CPU if x.device.type == "cpu" else _TILE_ACCELERATOR
     step_s = max(1, min(s, room))
-    step_c = max(1, min(c, room // step_s))
+    step_n = max(1, min(n, room // step_s, -(-_PER_CHANNEL // step_s)))
+    step_c = max(1, min(c, room // (step_s * step_n)))
     step_n = max(1, min(n, room // (step_s * step_c)))
-    for i in range(0, n, step_n):
-        for j in range(0, c, step_c):
+    for j in range(0, c, step_c):
+        for i in range(0, n, step_n):
             for k in range(0, s, step_s):
                 yield slice(i, i + step_n), slice(j, j + step_c), slice(k, k + step_s)
+
+
+class _ChannelSums:
+    """Sums of tiles per channel, into a (c,) vector; one axis at a time, for torch sums one axis pairwise."""
+
+    def __init__(self, out: Tensor) -> None:
+        self.out, self.channels, self.parts = out, slice(0), list[Tensor]()
+
+    def add(self, channels: slice, v: Tensor) -> None:
+        if channels != self.channels:
+            self.finish()
+        self.channels = channels
+        self.parts.append(v.sum(2).sum(0))
+
+    def finish(self) -> None:
+        if self.parts:
+            self.out[self.channels] = torch.stack(self.parts).sum(0)
+            self.parts.clear()
 
 
 def _accumulate(dtype: torch.dtype) -> torch.dtype:
@@ -39,13 +60,15 @@ def stats(x: Tensor, center: Tensor | None) -> Tensor:
     """Sums, sums of squares and the count of one rank's x. See the package's contract."""
     n, c, s = x.shape
     moments = torch.zeros(2 * c + 1, dtype=torch.float64, device=x.device)
-    total, squares = moments[:c], moments[c:-1]
+    total, squares = _ChannelSums(moments[:c]), _ChannelSums(moments[c:-1])
     for tile in _tiles(x):
         v = x[tile].double()
         if center is not None:
             v = v - center[tile[1], None]
-        total[tile[1]] += v.sum((0, 2))
-        squares[tile[1]] += (v * v).sum((0, 2))
+        total.add(tile[1], v)
+        squares.add(tile[1], v * v)
+    total.finish()
+    squares.finish()
     moments[-1] = n * s
     return moments
 
@@ -74,14 +97,13 @@ def combine(
         for running, batch in ((running_mean, mean), (running_var, unbiased)):
             updated = running + momentum * (batch - running)
             running.copy_(torch.where(count > 1, updated, running))
-    accumulate = _accumulate(dtype)
-    return mean.to(accumulate), invstd.to(accumulate), count
+    return mean, invstd.to(_accumulate(dtype)), count
 
 
-def elemt(x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """(x - mean) * (invstd * weight) + bias. See the package's contract."""
+def elemt(x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor) -> None:
+    """The result: y = (x - mean) * (invstd * weight) + bias. See the package's contract."""
+    mean = mean.to(invstd.dtype)
     scale = invstd if weight is None else invstd * weight
-    y = torch.empty_like(x)
     for tile in _tiles(x):
         channels = tile[1], None
         t = x[tile] - mean[channels]
@@ -89,37 +111,39 @@ def elemt(x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: 
         if bias is not None:
             t += bias[channels]
         y[tile] = t
-    return y
 
 
 def backward_reduce(dy: Tensor, x: Tensor, mean: Tensor) -> Tensor:
     """Sums of dy and of dy * (x - mean) of one rank. See the package's contract."""
     c = x.shape[1]
     sums = torch.zeros(2 * c, dtype=torch.float64, device=x.device)
-    sum_dy, sum_dy_xmu = sums[:c], sums[c:]
+    sum_dy, sum_dy_xmu = _ChannelSums(sums[:c]), _ChannelSums(sums[c:])
     for tile in _tiles(x):
         g = dy[tile].double()
-        sum_dy[tile[1]] += g.sum((0, 2))
-        sum_dy_xmu[tile[1]] += (g * (x[tile].double() - mean[tile[1], None])).sum((0, 2))
+        sum_dy.add(tile[1], g)
+        sum_dy_xmu.add(tile[1], g * (x[tile] - mean[tile[1], None]))
+    sum_dy.finish()
+    sum_dy_xmu.finish()
     return sums
 
 
 def backward_elemt(
-    dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, count: Tensor, weight: Tensor | None, sums: Tensor
-) -> Tensor:
-    """The gradient: weight * invstd * (dy - sum_dy / N - (x - mean) * invstd^2 * sum_dy_xmu / N). See the contract."""
+    dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, count: Tensor, weight: Tensor | None, sums: Tensor, dx: Tensor
+) -> None:
+    """The gradient: dx = weight * invstd * (dy - sum_dy / N - (x - mean) * invstd^2 * sum_dy_xmu / N)."""
     c = x.shape[1]
     n = count.clamp(min=1)
-    mean_dy = (sums[:c] / n).to(mean.dtype)
-    slope = (sums[c:] / n * invstd.double().square()).to(mean.dtype)
+    rounded_mean = mean.to(invstd.dtype)
+    slope = sums[c:] / n * invstd.double().square()
+    # What the rounding of the mean adds to x - mean goes, times slope, into the constant term.
+    mean_dy = (sums[:c] / n - (mean - rounded_mean) * slope).to(invstd.dtype)
+    slope = slope.to(invstd.dtype)
     scale = invstd if weight is None else invstd * weight
-    dx = torch.empty_like(x)
     for tile in _tiles(x):
         channels = tile[1], None
-        t = x[tile] - mean[channels]
+        t = x[tile] - rounded_mean[channels]
         t *= slope[channels]
         t = dy[tile] - t
         t -= mean_dy[channels]
         t *= scale[channels]
         dx[tile] = t
-    return dx

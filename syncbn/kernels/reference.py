@@ -46,6 +46,12 @@ def _row(v: Array) -> Array:
     return v.astype(np.float64)[:, None]
 
 
+def _channel_sums(v: Array) -> Array:
+    """(n, c, s) -> (c,). In one row per channel, which NumPy sums pairwise: its sums over other axes lose digits."""
+    sums: Array = np.ascontiguousarray(v.swapaxes(0, 1)).reshape(v.shape[1], -1).sum(1)
+    return sums
+
+
 def stats(x: Array, center: Array | None) -> Array:
     """Sums, sums of squares and the count of one rank's x. See the package's contract.
 
@@ -55,7 +61,7 @@ def stats(x: Array, center: Array | None) -> Array:
     v = x.astype(np.float64)
     if center is not None:
         v -= _row(center)
-    return np.concatenate([v.sum((0, 2)), (v * v).sum((0, 2)), [x.shape[0] * x.shape[2]]])
+    return np.concatenate([_channel_sums(v), _channel_sums(v * v), [x.shape[0] * x.shape[2]]])
 
 
 def combine(
@@ -70,7 +76,7 @@ def combine(
     """Mean, invstd and count from the moments of all ranks. See the package's contract.
 
     >>> combine(np.array([4.0, 10.0, 2.0]), None, np.dtype(np.float32), None, None, 0.1, 0.0)
-    (array([2.], dtype=float32), array([1.], dtype=float32), array(2.))
+    (array([2.]), array([1.], dtype=float32), array(2.))
     """
     c = len(moments) // 2
     count = moments[-1]
@@ -85,32 +91,28 @@ def combine(
         running_mean[...] = running_mean + momentum * (mean - running_mean)
         running_var[...] = running_var + momentum * (unbiased - running_var)
     accumulate = np.float64 if dtype == np.float64 else np.float32
-    return mean.astype(accumulate), invstd.astype(accumulate), np.array(count)
+    return mean, invstd.astype(accumulate), np.array(count)
 
 
-def elemt(x: Array, mean: Array, invstd: Array, weight: Array | None, bias: Array | None) -> Array:
-    """(x - mean) * (invstd * weight) + bias. See the package's contract."""
-    y = (x - _row(mean)) * _scale(invstd, weight)
-    if bias is not None:
-        y += _row(bias)
-    return y.astype(x.dtype)
+def elemt(x: Array, mean: Array, invstd: Array, weight: Array | None, bias: Array | None, y: Array) -> None:
+    """The result: y = (x - mean) * (invstd * weight) + bias. See the package's contract."""
+    y[...] = (x - _row(mean)) * _scale(invstd, weight) + (0.0 if bias is None else _row(bias))
 
 
 def backward_reduce(dy: Array, x: Array, mean: Array) -> Array:
     """Sums of dy and of dy * (x - mean) of one rank. See the package's contract."""
     dy = dy.astype(np.float64)
-    return np.concatenate([dy.sum((0, 2)), (dy * (x - _row(mean))).sum((0, 2))])
+    return np.concatenate([_channel_sums(dy), _channel_sums(dy * (x - _row(mean)))])
 
 
 def backward_elemt(
-    dy: Array, x: Array, mean: Array, invstd: Array, count: Array, weight: Array | None, sums: Array
-) -> Array:
-    """The gradient: weight * invstd * (dy - sum_dy / N - (x - mean) * invstd^2 * sum_dy_xmu / N). See the contract."""
+    dy: Array, x: Array, mean: Array, invstd: Array, count: Array, weight: Array | None, sums: Array, dx: Array
+) -> None:
+    """The gradient: dx = weight * invstd * (dy - sum_dy / N - (x - mean) * invstd^2 * sum_dy_xmu / N)."""
     c = x.shape[1]
     n = np.maximum(count, 1)
     mean_dy, slope = _row(sums[:c] / n), _row(sums[c:] / n * np.square(invstd, dtype=np.float64))
-    dx: Array = (dy - mean_dy - (x - _row(mean)) * slope) * _scale(invstd, weight)
-    return dx.astype(x.dtype)
+    dx[...] = (dy - mean_dy - (x - _row(mean)) * slope) * _scale(invstd, weight)
 
 
 def _scale(invstd: Array, weight: Array | None) -> Array:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..comm import as_communicator
 from .layer import GroupHandle, SyncBatchNorm
@@ -31,10 +32,15 @@ class BatchNormNd(_BatchNorm):
 
 
 class _Original(NamedTuple):
-    """What a converted layer was, kept in the layer."""
+    """What a converted layer was, kept in the layer.
+
+    Attributes:
+        layer_class: its class.
+        group: the attribute process_group of a torch.nn.SyncBatchNorm, or one of the user's.
+    """
 
     layer_class: type[_BatchNorm]
-    group: GroupHandle  # of a torch.nn.SyncBatchNorm
+    group: GroupHandle | None
 
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNormNd)
@@ -48,7 +54,7 @@ def convert_sync_batchnorm(module: M, process_group: Any = None) -> M:
     Layers are the same objects afterwards, with another class: hooks, custom attributes, sharing, training mode and
     requires_grad are untouched, and revert_sync_batchnorm is the exact inverse. Subclasses without a forward of their
     own keep the rest of their behaviour, and timm's BatchNormAct2d its dropout and activation. Other subclasses with a
-    forward of their own are left as they are, and a warning names them.
+    forward of their own are left as they are, as are parametrized layers, and a warning names them.
 
     Args:
         module: the model; it may be a BatchNorm layer itself.
@@ -72,30 +78,29 @@ def convert_sync_batchnorm(module: M, process_group: Any = None) -> M:
     if process_group is not None:
         as_communicator(process_group)
     layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)}
-    lazy = [name for name, layer in layers.items() if isinstance(layer, LazyModuleMixin)]
+    lazy = [_name(name, layer) for name, layer in layers.items() if isinstance(layer, LazyModuleMixin)]
     if lazy:
         raise ValueError(
-            f"expected BatchNorm layers that know their number of channels; got the lazy layers {_names(lazy)}: send "
+            f"expected BatchNorm layers that know their number of channels; got lazy ones, {', '.join(lazy)}: send "
             "one batch through the model before converting it"
         )
-    unknown = []
-    for name, layer in layers.items():
-        if isinstance(layer, SyncBatchNorm):
-            if process_group is not None:
-                layer.process_group = process_group
-            continue
-        synchronised = _synchronised(type(layer))
-        if synchronised is None:
-            unknown.append(f"{name} ({type(layer).__name__})")
-            continue
-        # torch.nn.SyncBatchNorm keeps its group in an attribute of the name of our property.
-        own_group = layer.__dict__.pop("process_group", None)
-        layer.__dict__["_original"] = _Original(type(layer), GroupHandle(own_group))
-        layer.__class__ = synchronised
-        layer.process_group = own_group if process_group is None else process_group
+    classes = {name: _synchronised(layer) for name, layer in layers.items() if not isinstance(layer, SyncBatchNorm)}
+    for layer in layers.values():
+        if isinstance(layer, nn.SyncBatchNorm) and layer.process_group is not None:
+            as_communicator(layer.process_group)
+    # Nothing was changed so far, and nothing fails from here on.
+    for name, synchronised in classes.items():
+        if synchronised is not None:
+            _become(layers[name], synchronised)
+    for layer in layers.values():
+        if isinstance(layer, SyncBatchNorm) and process_group is not None:
+            layer.process_group = process_group
+    unknown = [_name(name, layers[name]) for name, synchronised in classes.items() if synchronised is None]
     if unknown:
         warnings.warn(
-            f"left as they are, not synchronised, because their forward is their own: {_names(unknown)}", stacklevel=2
+            "left as they are, not synchronised, because their forward is their own or they are parametrized: "
+            f"{', '.join(unknown)}",
+            stacklevel=2,
         )
     return module
 
@@ -115,31 +120,49 @@ def revert_sync_batchnorm(module: M) -> M:
     for name, layer in module.named_modules():
         if not isinstance(layer, SyncBatchNorm):
             continue
-        original = layer.__dict__.pop("_original", None)
-        if original is None and type(layer) is not SyncBatchNorm:
-            unknown.append(f"{name} ({type(layer).__name__})")
+        original = layer.__dict__.get("_syncbn_original")
+        if type(layer) is not (SyncBatchNorm if original is None else _synchronised_class(original.layer_class)):
+            unknown.append(_name(name, layer))
             continue
-        del layer._group
+        layer.__dict__.pop("_syncbn_original", None)
+        del layer._syncbn_group
         layer_class: Any = BatchNormNd if original is None else original.layer_class
         layer.__class__ = layer_class
-        if issubclass(layer_class, nn.SyncBatchNorm):
+        if original is not None and original.group is not None:
             layer.__dict__["process_group"] = original.group.get()
     if unknown:
         warnings.warn(
-            f"left as they are, synchronised, because they are classes of their own: {_names(unknown)}", stacklevel=2
+            f"left as they are, synchronised, because they are classes of their own: {', '.join(unknown)}", stacklevel=2
         )
     return module
 
 
-def _synchronised(original: Any) -> type[SyncBatchNorm] | None:
-    """Returns the class that a layer of class `original` gets, or None where its forward is not understood."""
+def _become(layer: Any, synchronised: type[SyncBatchNorm]) -> None:
+    """Makes a layer one of that class."""
+    # The attribute of torch.nn.SyncBatchNorm, or of the user's, that has the name of our property.
+    group = GroupHandle(layer.__dict__.pop("process_group")) if "process_group" in layer.__dict__ else None
+    own = group.get() if group is not None and isinstance(layer, nn.SyncBatchNorm) else None
+    layer.__dict__["_syncbn_original"] = _Original(type(layer), group)
+    layer.__class__ = synchronised
+    layer.process_group = own
+
+
+def _synchronised(layer: _BatchNorm) -> type[SyncBatchNorm] | None:
+    """Returns the class that a layer gets, or None where it would not keep its behaviour."""
+    original: Any = type(layer)
+    if "forward" in layer.__dict__ or is_parametrized(layer):
+        return None
+    return _synchronised_class(original)
+
+
+def _synchronised_class(original: Any) -> type[SyncBatchNorm] | None:
     if original in _PLAIN:
         return SyncBatchNorm
     definer = next(base for base in original.__mro__ if "forward" in base.__dict__)
-    if definer in (_BatchNorm, nn.SyncBatchNorm):
-        return _subclass(original, SyncBatchNorm.forward)
     if definer.__name__ in _NORM_ACT and definer.__module__.partition(".")[0] == "timm":
         return _subclass(original, _norm_act_forward)
+    if definer is _BatchNorm:
+        return _subclass(original, SyncBatchNorm.forward)
     return None
 
 
@@ -154,17 +177,19 @@ def _subclass(original: Any, forward: Callable[..., Tensor]) -> type[SyncBatchNo
 
     def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
         # The class has no name to be found by: pickles and copies make it anew from the original.
-        return _new_layer, (original,), *nn.Module.__reduce_ex__(self, protocol)[2:]
+        return _new_layer, (original,), *original.__reduce_ex__(self, protocol)[2:]
 
+    # DistributedDataParallel refuses subclasses of torch.nn.SyncBatchNorm on CPUs.
+    bases = (SyncBatchNorm,) if issubclass(original, nn.SyncBatchNorm) else (SyncBatchNorm, original)
     members = {"forward": forward, "__reduce_ex__": reduce, "__module__": original.__module__}
-    return type(f"Sync{original.__name__.removeprefix('Sync')}", (SyncBatchNorm, original), members)
+    return type(f"Sync{original.__name__.removeprefix('Sync')}", bases, members)
 
 
 def _new_layer(original: type[_BatchNorm]) -> SyncBatchNorm:
-    layer_class = _synchronised(original)
+    layer_class = _synchronised_class(original)
     assert layer_class is not None  # it was made from this original before
     return layer_class.__new__(layer_class)
 
 
-def _names(names: list[str]) -> str:
-    return ", ".join(name or "the module itself" for name in names)
+def _name(name: str, layer: nn.Module) -> str:
+    return f"{name or 'the module itself'} ({type(layer).__name__})"

@@ -69,13 +69,13 @@ class SyncBatchNorm(_BatchNorm):
     @property
     def process_group(self) -> Any:
         """The ranks that normalise together, as given; set it to change them."""
-        return self._group.get()
+        return self._syncbn_group.get()
 
     @process_group.setter
     def process_group(self, process_group: Any) -> None:
         if process_group is not None:
             as_communicator(process_group)  # refuse what is no group here, not at the first batch
-        self._group = GroupHandle(process_group)
+        self._syncbn_group = GroupHandle(process_group)
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises input; see the class."""
@@ -84,13 +84,15 @@ class SyncBatchNorm(_BatchNorm):
         comm = as_communicator(self.process_group) if self.training else LocalCommunicator()
         if not (self.training and self.track_running_stats):
             return self._normalise(input, None, None, 0.0, comm)[0]
-        tracked: Any = self.num_batches_tracked
-        # Of a cumulative average this batch is one part in as many as there are with it; a tensor, as they are counted
-        # on the device.
-        momentum = (tracked + 1).double().reciprocal() if self.momentum is None else self.momentum
+        batches: Any = self.num_batches_tracked
+        momentum: Any = 0.0 if self.momentum is None else self.momentum
+        if self.momentum is None and batches is not None:
+            # A cumulative average, of which this batch is one part in as many as there are with it; a tensor, as they
+            # are counted on the device.
+            momentum = (batches + 1).double().reciprocal()
         y, count = self._normalise(input, self.running_mean, self.running_var, momentum, comm)
-        # As the running statistics, untouched by a batch that had no variance to take.
-        tracked.add_(count > 1)
+        if batches is not None:
+            batches.add_(count > 1)  # as the running statistics: not by a batch that had no variance to take
         return y
 
     def _normalise(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import core
 from ..comm import as_communicator
 
 
-def scale_loss(loss: Tensor, batch_size: int, process_group: Any = None) -> Tensor:
+def scale_loss(loss: Tensor, batch_size: float, process_group: Any = None) -> Tensor:
     """Scales a rank's mean loss so that DistributedDataParallel's mean over ranks is the mean over all samples.
 
     loss * world_size * batch_size / sum(batch_size over ranks). DDP averages the ranks' gradients with equal weights;
@@ -30,15 +32,27 @@ def scale_loss(loss: Tensor, batch_size: int, process_group: Any = None) -> Tens
         one all_reduce of 1 float64; every rank must call.
 
     Raises:
-        ValueError: a negative batch_size, after the message, on the rank that gave it.
+        TypeError: loss is no floating-point tensor, or batch_size no number.
+        ValueError: batch_size is negative or not finite.
+        RuntimeError: another rank raised one of these; no rank is left waiting.
     """
     comm = as_communicator(process_group)
-    total = torch.tensor([float(batch_size)], dtype=torch.float64, device=loss.device)
+    device = loss.device if isinstance(loss, Tensor) else "cpu"
+    with core.refusing(lambda: torch.empty(1, dtype=torch.float64, device=device), comm):
+        if not isinstance(loss, Tensor) or not loss.is_floating_point():
+            kind = f"a tensor of {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise TypeError(f"expected loss to be a floating-point tensor; got {kind}: pass the loss before backward")
+        if not isinstance(batch_size, Real):
+            raise TypeError(f"expected batch_size to be a number; got {type(batch_size).__name__}: pass len(images)")
+        if not 0 <= batch_size < float("inf"):
+            raise ValueError(f"expected a batch_size of at least 0; got {batch_size}: pass the number of samples here")
+    total = torch.tensor([float(batch_size)], dtype=torch.float64, device=device)
     comm.all_reduce(total)
-    if batch_size < 0:
-        raise ValueError(
-            f"expected a batch_size of at least 0; got {batch_size}: pass the number of samples of this rank"
+    if total.device.type == "cpu" and total.isnan():
+        raise RuntimeError(
+            f"{core.rank_prefix(comm)}expected a batch_size from every rank; another rank raised an error instead: see "
+            "that rank's message"
         )
     if batch_size == 0:
         return loss.nan_to_num() * 0.0
-    return loss * (comm.world_size * batch_size / total[0]).to(loss.dtype)
+    return loss * (comm.world_size * float(batch_size) / total[0]).to(loss.dtype)

@@ -1,0 +1,248 @@
+"""`syncbn check`: do the ranks of this launch compute what one rank computes on the concatenated batch?"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .. import SyncBatchNorm
+from .. import numpy as numpy_frontend
+from ..comm import as_communicator
+from .launch import under_launcher
+from .tolerance import allowed_errors
+
+_CHANNELS, _SIDES = 5, (6, 7)
+_CASE_TIMEOUT = timedelta(seconds=30)  # for the other ranks when one does not come to a message
+_REPORT_TIMEOUT = timedelta(seconds=600)
+_Norm = nn.BatchNorm1d | nn.BatchNorm2d
+_NORMS: dict[int, type[_Norm]] = {2: nn.BatchNorm1d, 4: nn.BatchNorm2d}
+
+
+class Case(NamedTuple):
+    """One comparison.
+
+    Attributes:
+        split: how the batch is spread over the ranks: even, uneven, or one rank empty.
+        frontend: torch or numpy.
+        dtype: of the input.
+        memory: contiguous, channels last, or 2-D for an input (N, C).
+        synchronised: False for the negative control.
+    """
+
+    split: str
+    frontend: str
+    dtype: str
+    memory: str
+    synchronised: bool = True
+
+    def __str__(self) -> str:
+        if not self.synchronised:
+            return "negative control: nn.BatchNorm, not synchronised"
+        return f"{self.split}, {self.frontend}, {self.dtype}, {self.memory}"
+
+
+class Outcome(NamedTuple):
+    """What a rank found.
+
+    Attributes:
+        ratio: of the worst error to what is allowed there.
+        error, allowed, quantity: the worst one, and of what.
+        seconds: for forward and backward.
+        failure: what this rank raised, or "".
+    """
+
+    ratio: float
+    error: float
+    allowed: float
+    quantity: str
+    seconds: float
+    failure: str = ""
+
+
+def check(seed: int) -> int:
+    """Runs all checks on the ranks of this launch; returns 0, or 1 on every rank if one failed on any."""
+    initialise = under_launcher()
+    if initialise:
+        dist.init_process_group("gloo")
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    reports = _new_group(_REPORT_TIMEOUT, ranks)
+    group = _new_group(_CASE_TIMEOUT, ranks)
+    cases, failed = list(all_cases(ranks)), 0
+    for number, case in enumerate(cases):
+        outcome = _attempt(case, seed + number, rank, ranks, group)
+        outcomes = [outcome] * ranks
+        if ranks > 1:
+            # Over a group of its own: the cases' may be held up by a rank that raised.
+            dist.all_gather_object(outcomes, outcome, group=reports)
+        if any(outcome.failure for outcome in outcomes):
+            group = _new_group(_CASE_TIMEOUT, ranks)  # the old one's ranks may be at different messages
+        passed = _passed(case, outcomes)
+        failed += not passed
+        if rank == 0:
+            print(f"{'ok  ' if passed else 'FAIL'}  {case!s:<50}  {_describe(case, outcomes)}", flush=True)
+    if rank == 0:
+        where = f"{ranks} ranks" if ranks > 1 else "one process (start ranks with: torchrun ... -m syncbn check)"
+        print(f"{len(cases)} checks on {where}: {f'{failed} failed' if failed else 'all ok'}", flush=True)
+    if initialise:
+        dist.destroy_process_group()
+    return 1 if failed else 0
+
+
+def all_cases(ranks: int) -> Iterator[Case]:
+    """Yields what to compare on so many ranks; with one there is nothing to split, and no negative control."""
+    splits = ("even", "uneven", "one rank empty") if ranks > 1 else ("whole",)
+    for split in splits:
+        memories = ("contiguous", "channels last")
+        for dtype, memory in itertools.product(("float32", "bfloat16", "float16", "float64"), memories):
+            yield Case(split, "torch", dtype, memory)
+        yield Case(split, "torch", "float32", "2-D")
+        for dtype, memory in itertools.product(("float32", "float64"), memories):
+            yield Case(split, "numpy", dtype, memory)
+    if ranks > 1:
+        yield Case("uneven", "torch", "float32", "contiguous", synchronised=False)
+
+
+def _new_group(timeout: timedelta, ranks: int) -> Any:
+    return dist.new_group(timeout=timeout) if ranks > 1 else None
+
+
+def _attempt(case: Case, seed: int, rank: int, ranks: int, group: Any) -> Outcome:
+    try:
+        return compare(case, seed, rank, ranks, group)
+    except Exception as error:
+        return Outcome(float("inf"), float("nan"), 0.0, "", 0.0, f"{type(error).__name__}: {error}".split("\n")[0])
+
+
+def compare(case: Case, seed: int, rank: int, ranks: int, group: Any) -> Outcome:
+    """Runs one case and compares this rank's part with nn.BatchNorm in float64 on the whole batch.
+
+    Collective:
+        the layer's, forward and backward, and one all_reduce of 2C float64 for the sums of the parameters' gradients.
+    """
+    sizes = _sizes(case.split, ranks)
+    part = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    x, dy, layer = _batch(case, sum(sizes), seed)
+    expected = _reference(x, dy, layer)
+    allowed = allowed_errors(_flat(x.double()), _flat(dy.double()), expected, layer.eps, 0.1, x.dtype)
+    run = {"torch": _run_torch, "numpy": _run_numpy}[case.frontend] if case.synchronised else _run_unsynchronised
+    start = time.perf_counter()
+    got = run(x[part], dy[part], layer, group)
+    seconds = time.perf_counter() - start
+    gradients = torch.cat([got["grad_weight"].double(), got["grad_bias"].double()])
+    as_communicator(group).all_reduce(gradients)
+    got["grad_weight"], got["grad_bias"] = gradients.chunk(2)
+    worst = Outcome(0.0, 0.0, 0.0, "all", seconds)
+    for name, bound in allowed.items():
+        mine = part if name in ("y", "dx") else slice(None)
+        exact, limit = expected[name][mine], bound[mine].flatten()
+        error = (got[name].double().reshape(exact.shape) - exact).abs().flatten()
+        ratio = (error / limit).nan_to_num(nan=float("inf"))
+        if len(ratio) and float(ratio.max()) > worst.ratio:
+            at = int(ratio.argmax())
+            worst = Outcome(float(ratio[at]), float(error[at]), float(limit[at]), name, seconds)
+    return worst
+
+
+def _sizes(split: str, ranks: int) -> list[int]:
+    """Returns how many samples each rank takes."""
+    if split == "uneven":
+        return [rank + 1 for rank in range(ranks)]
+    return [0 if split == "one rank empty" and rank == ranks // 2 else 3 for rank in range(ranks)]
+
+
+def _batch(case: Case, samples: int, seed: int) -> tuple[Tensor, Tensor, _Norm]:
+    """Returns x, dy and a layer to start from, the same on every rank."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    dtype = getattr(torch, case.dtype)
+    shape = (samples, _CHANNELS) if case.memory == "2-D" else (samples, _CHANNELS, *_SIDES)
+    per_channel = (1, _CHANNELS, *[1] * (len(shape) - 2))
+    x = (2 * random(*shape) + 3 * random(*per_channel)).to(dtype)
+    dy = (random(*shape) + random(*per_channel)).to(dtype)
+    if case.memory == "channels last":
+        x, dy = (v.contiguous(memory_format=torch.channels_last) for v in (x, dy))
+    layer = _NORMS[len(shape)](_CHANNELS, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    with torch.no_grad():
+        for vector in (layer.weight, layer.bias, layer.running_mean, layer.running_var):
+            assert vector is not None
+            vector.copy_(random(_CHANNELS).abs() + 0.5)
+    return x, dy, layer
+
+
+def _reference(x: Tensor, dy: Tensor, layer: _Norm) -> dict[str, Tensor]:
+    """Returns what nn.BatchNorm computes in float64 on the whole batch; y and dx as (n, c, s)."""
+    exact = type(layer)(_CHANNELS, dtype=torch.float64)
+    exact.load_state_dict(layer.state_dict())
+    result = _differentiate(exact, x.double(), dy.double())
+    result |= {"weight": exact.weight.detach(), "bias": exact.bias.detach()}
+    return result | {"y": _flat(result["y"]), "dx": _flat(result["dx"])}
+
+
+def _flat(v: Tensor) -> Tensor:
+    """(N, C, ...) -> (n, c, s)."""
+    return v.reshape(*v.shape[:2], -1)
+
+
+def _differentiate(layer: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    """Runs a torch layer forward and backward once."""
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    y.backward(dy)
+    assert x.grad is not None
+    gradients = {f"grad_{name}": parameter.grad for name, parameter in layer.named_parameters()}
+    return {"y": y.detach(), "dx": x.grad, **gradients, **dict(layer.named_buffers())}
+
+
+def _run_torch(x: Tensor, dy: Tensor, layer: _Norm, group: Any) -> dict[str, Tensor]:
+    synchronised = SyncBatchNorm(_CHANNELS, process_group=group, dtype=layer.weight.dtype)
+    synchronised.load_state_dict(layer.state_dict())
+    return _differentiate(synchronised, x, dy)
+
+
+def _run_unsynchronised(x: Tensor, dy: Tensor, layer: _Norm, _: Any) -> dict[str, Tensor]:
+    return _differentiate(layer, x, dy)
+
+
+def _run_numpy(x: Tensor, dy: Tensor, layer: _Norm, group: Any) -> dict[str, Tensor]:
+    synchronised = numpy_frontend.SyncBatchNorm(
+        _CHANNELS, comm=as_communicator(group), dtype=layer.weight.detach().numpy().dtype
+    )
+    synchronised.load_state_dict(layer.state_dict())
+    arrays = {"y": synchronised.forward(x.numpy()), "dx": synchronised.backward(dy.numpy())}
+    for name in ("grad_weight", "grad_bias", "running_mean", "running_var"):
+        arrays[name] = getattr(synchronised, name)
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def _passed(case: Case, outcomes: list[Outcome]) -> bool:
+    """Within tolerance on every rank; or, for the negative control, clearly out of it on every rank."""
+    if any(outcome.failure for outcome in outcomes):
+        return False
+    if case.synchronised:
+        return all(outcome.ratio <= 1 for outcome in outcomes)
+    return all(outcome.ratio > 1 for outcome in outcomes)
+
+
+def _describe(case: Case, outcomes: list[Outcome]) -> str:
+    """Returns the worst error and the slowest rank, or what the ranks raised."""
+    failures = [f"[rank {rank}/{len(outcomes)}] {o.failure}" for rank, o in enumerate(outcomes) if o.failure]
+    if failures:
+        return "; ".join(failures)
+    worst = max(range(len(outcomes)), key=lambda rank: outcomes[rank].ratio)
+    slowest = max(range(len(outcomes)), key=lambda rank: outcomes[rank].seconds)
+    _, error, allowed, quantity, *_ = outcomes[worst]
+    words = "worst error {:.1e} of {:.1e} allowed" if case.synchronised else "must differ: by {:.1e}, beyond {:.1e}"
+    return (
+        f"{words.format(error, allowed)} ({quantity}, rank {worst}); "
+        f"slowest rank {slowest}: {outcomes[slowest].seconds:.4f} s"
+    )

@@ -1,0 +1,60 @@
+"""`syncbn demo`: what synchronisation is for, shown by training one network three times on real images."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import traceback
+
+from .errors import InputError
+from .launch import end_with_launcher, launch, launched_here, share_cores, under_launcher
+
+_DEFAULT_RANKS = 4
+
+
+def demo(arguments: argparse.Namespace, argv: list[str]) -> int:
+    """Runs the demo as the launcher of its ranks, or as one of them, and returns the exit code."""
+    missing = _missing_packages(arguments.data is not None)
+    if missing:
+        print(
+            f"syncbn demo: error: expected {', '.join(missing)} to be installed; got no such package: "
+            'pip install "syncbn[demo]"',
+            file=sys.stderr,
+        )
+        return 1
+    if not under_launcher():
+        return launch(arguments.ranks or _DEFAULT_RANKS, ["-m", "syncbn", *argv])
+    if launched_here():
+        share_cores()
+        end_with_launcher()
+    return _run_rank(arguments)
+
+
+def _missing_packages(folder: bool) -> list[str]:
+    modules = {"matplotlib": "matplotlib", "tqdm": "tqdm"}
+    modules |= {"PIL": "pillow"} if folder else {"sklearn": "scikit-learn"}
+    return [package for module, package in modules.items() if importlib.util.find_spec(module) is None]
+
+
+def _run_rank(arguments: argparse.Namespace) -> int:
+    """Runs this rank's part. Errors go to the launcher through torch's error file; ours prints them, once."""
+    import torch.distributed as dist
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    handler = get_error_handler()
+    handler.initialize()
+    try:
+        from .experiment import experiment
+
+        experiment(arguments)
+    except Exception as error:
+        handler.record_exception(error)
+        if launched_here():
+            return 1
+        if not isinstance(error, InputError):
+            traceback.print_exc()
+        elif dist.get_rank() == 0:  # all ranks raised it together
+            print(f"syncbn demo: error: {error}", file=sys.stderr)
+        return 1
+    return 0

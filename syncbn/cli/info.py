@@ -1,0 +1,90 @@
+"""`syncbn info`: what is installed, what can serve, and what would be chosen in this process."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+from .. import __version__
+from .launch import under_launcher
+
+_TORCH_BACKENDS = ("gloo", "nccl", "mpi", "ucc", "xccl")
+
+
+def info() -> int:
+    """Prints what there is; under a launcher on rank 0 only. Missing packages are named, not needed."""
+    if os.environ.get("RANK", "0") != "0":
+        return 0
+    torch = _import_torch()
+    sections = {
+        "versions": _versions(),
+        "kernels": _kernels(torch),
+        "communicators": _communicators(torch),
+        "chosen here": _chosen(torch),
+    }
+    width = max(len(name) for lines in sections.values() for name in lines) + 2
+    for title, lines in sections.items():
+        print(title)
+        for name, text in lines.items():
+            print(f"  {name:<{width}}{text}")
+    return 0
+
+
+def _import_torch() -> Any:
+    try:
+        return importlib.import_module("torch")
+    except Exception as error:  # a broken installation must not keep the rest from being shown
+        print(f"torch cannot be imported: {type(error).__name__}: {error}")
+        return None
+
+
+def _versions() -> dict[str, str]:
+    found = {"syncbn": __version__, "python": platform.python_version()}
+    for package in ("torch", "numpy", "mpi4py"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed" + ('; pip install "syncbn[mpi]"' if package == "mpi4py" else "")
+    return found
+
+
+def _kernels(torch: Any) -> dict[str, str]:
+    aten = "available" if torch else "not available, for want of torch"
+    return {
+        "reference": "available: NumPy arrays, in float64",
+        "aten": f"{aten}: torch tensors, on any device with float64",
+    }
+
+
+def _communicators(torch: Any) -> dict[str, str]:
+    if torch is None or not torch.distributed.is_available():
+        backends = "not available: this torch has no torch.distributed" if torch else "not available, for want of torch"
+    else:
+        is_available = torch.distributed.is_backend_available
+        words = [f"{name} {'yes' if is_available(name) else 'no'}" for name in _TORCH_BACKENDS]
+        backends = f"available: any ProcessGroup; backends of this torch: {', '.join(words)}"
+    return {"local": "available: this process alone", "torch": backends}
+
+
+def _chosen(torch: Any) -> dict[str, str]:
+    """What process_group=None and an array would get, and why."""
+    device = "the CPU: torch sees no CUDA or ROCm device"
+    if torch is None:
+        device = "the CPU, for want of torch"
+    elif torch.cuda.is_available():
+        device = f"that of the input; torch sees {torch.cuda.device_count()} CUDA or ROCm devices beside the CPU"
+    if under_launcher():
+        world = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}, by the launcher's RANK and WORLD_SIZE"
+        communicator = "torch, once torch.distributed.init_process_group() has been called; until then local"
+    else:
+        world = "1 process: RANK and WORLD_SIZE are not set, so no launcher such as torchrun started this"
+        communicator = "local, for torch.distributed is not initialised; torch, once it is"
+    return {
+        "world": world,
+        "communicator": communicator,
+        "kernels": "aten for torch tensors, reference for NumPy arrays: by the type of the input",
+        "device": device,
+    }

@@ -1,0 +1,213 @@
+"""`syncbn check` finds what is wrong, and only that; `syncbn info` says what is here."""
+
+import contextlib
+import io
+import os
+import re
+import subprocess
+import sys
+from datetime import timedelta
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from syncbn.cli import check as check_module
+from syncbn.cli import main
+from syncbn.cli.check import Case, all_cases, compare
+from syncbn.comm.torch import TorchCommunicator
+from syncbn.kernels import aten, reference
+
+
+def lines_of(output, status):
+    return [line for line in output.splitlines() if line.startswith(f"{status} ")]
+
+
+def test_all_is_well_in_one_process(capsys):
+    assert main(["check"]) == 0
+    output = capsys.readouterr().out
+    assert len(lines_of(output, "ok")) == len(list(all_cases(1)))
+    assert lines_of(output, "FAIL") == []
+    assert "all ok" in output
+
+
+@pytest.mark.parametrize("seed", range(1, 400, 40))
+def test_tolerances_hold_for_other_batches(seed, capsys):
+    assert main(["check", "--seed", str(seed)]) == 0, capsys.readouterr().out
+
+
+def test_all_is_well_on_the_ranks_of_torchrun():
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*program, "-m", "syncbn", "check"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_all_well(done.stdout, 2)
+
+
+def _check(rank, group):
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        code = main(["check"])
+    return code, output.getvalue()
+
+
+def test_all_is_well_on_three_ranks():
+    (code, output), *others = run_ranks(_check, 3, "gloo")
+    assert code == 0, output
+    assert_all_well(output, 3)
+    assert others == [(0, "")] * 2
+
+
+def assert_all_well(output, ranks):
+    lines = lines_of(output, "ok")
+    assert len(lines) == len(list(all_cases(ranks)))
+    for words in ("uneven, torch, float32", "one rank empty, torch, bfloat16", "even, numpy, float64", "2-D"):
+        assert any(words in line for line in lines)
+    pattern = r"worst error \S+ of \S+ allowed \(\w+, rank \d\); slowest rank \d: [\d.]+ s$"
+    assert all(re.search(pattern, line) for line in lines[:-1])
+    assert re.search("negative control: .* must differ: by", lines[-1])
+
+
+def _biased_running_var(real):
+    def combine(moments, center, dtype, running_mean, running_var, momentum, eps):
+        moments = moments.clone() if isinstance(moments, torch.Tensor) else moments.copy()
+        moments[-1] += 1
+        return real(moments, center, dtype, running_mean, running_var, momentum, eps)
+
+    return combine
+
+
+@pytest.mark.parametrize(("kernels", "frontend"), [(aten, "torch"), (reference, "numpy")])
+def test_wrong_count_fails_the_frontend_that_uses_it(kernels, frontend, monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "combine", _biased_running_var(kernels.combine))
+    assert main(["check"]) == 1
+    failed = lines_of(capsys.readouterr().out, "FAIL")
+    assert len(failed) == sum(case.frontend == frontend for case in all_cases(1))
+    assert all(f", {frontend}, " in line for line in failed)
+
+
+def test_one_float32_rounding_too_many_in_dx_fails(monkeypatch, capsys):
+    real = aten.backward_elemt
+
+    def backward_elemt(*arguments):
+        real(*arguments)
+        arguments[-1].mul_(1 + 8 * 2**-23)
+
+    monkeypatch.setattr(aten, "backward_elemt", backward_elemt)
+    assert main(["check"]) == 1
+    failed = lines_of(capsys.readouterr().out, "FAIL")
+    assert any("float32" in line and "(dx, rank 0)" in line for line in failed)
+
+
+def test_check_that_raises_is_reported_and_the_rest_go_on(monkeypatch, capsys):
+    real = aten.stats
+
+    def stats(x, center):
+        if x.dtype == torch.bfloat16:
+            raise ValueError("no bfloat16 today")
+        return real(x, center)
+
+    monkeypatch.setattr(aten, "stats", stats)
+    assert main(["check"]) == 1
+    output = capsys.readouterr().out
+    failed = lines_of(output, "FAIL")
+    assert len(failed) == 2
+    assert all("bfloat16" in line and "[rank 0/1] ValueError: no bfloat16 today" in line for line in failed)
+    assert "13 checks" in output
+    assert "2 failed" in output
+
+
+def _ratios(rank, group, broken):
+    """The worst error of each case, as a multiple of what is allowed, with all messages lost or not."""
+    case = Case("uneven", "torch", "float32", "contiguous")
+    cases = [case, case._replace(frontend="numpy"), case._replace(synchronised=False)]
+    if broken:
+        real = TorchCommunicator.all_reduce
+        # Those of 2C elements pass, for check itself sums the parameters' gradients by one.
+        TorchCommunicator.all_reduce = lambda self, buffer: real(self, buffer) if len(buffer) == 10 else None
+    return [compare(case, 0, rank, 2, group).ratio for case in cases]
+
+
+def test_lost_messages_fail_and_unsynchronised_layers_differ():
+    for synchronised, numpy, unsynchronised in run_ranks(_ratios, 2, "gloo", False):
+        assert synchronised <= 1
+        assert numpy <= 1
+        assert unsynchronised > 1
+    for synchronised, numpy, _ in run_ranks(_ratios, 2, "gloo", True):
+        assert synchronised > 1
+        assert numpy > 1
+
+
+def _check_with_a_rank_that_raises(rank, group):
+    check_module._CASE_TIMEOUT = timedelta(seconds=3)
+    cases = [Case("even", "torch", dtype, "contiguous") for dtype in ("float32", "float16", "bfloat16")]
+    check_module.all_cases = lambda ranks: iter(cases)
+    real = aten.stats
+
+    def stats(x, center):
+        if rank == 1 and x.dtype == torch.float16:
+            raise KeyError("mine alone")
+        return real(x, center)
+
+    aten.stats = stats
+    return _check(rank, group)
+
+
+def test_rank_that_raises_alone_is_named_and_the_other_checks_go_on():
+    (code, output), (other_code, _) = run_ranks(_check_with_a_rank_that_raises, 2, "gloo")
+    assert (code, other_code) == (1, 1)
+    (failed,) = lines_of(output, "FAIL")
+    assert "float16" in failed
+    assert "[rank 1/2] KeyError: 'mine alone'" in failed
+    assert len(lines_of(output, "ok")) == 2
+
+
+def test_failure_on_another_rank_fails_the_check_here(monkeypatch):
+    fine = check_module.Outcome(0.5, 1.0, 2.0, "y", 0.1)
+    case = Case("even", "torch", "float32", "contiguous")
+    assert check_module._passed(case, [fine, fine])
+    assert not check_module._passed(case, [fine, fine._replace(ratio=1.5)])
+    assert not check_module._passed(case, [fine, fine._replace(failure="KeyError: 'x'")])
+    assert not check_module._passed(case._replace(synchronised=False), [fine, fine._replace(ratio=1.5)])
+
+
+def test_info_names_versions_kernels_communicators_and_choice(capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert main(["info"]) == 0
+    output = capsys.readouterr().out
+    for pattern in (
+        rf"torch +{re.escape(torch.__version__.split('+')[0])}",
+        r"mpi4py +(not installed|\d)",
+        r"reference +available",
+        r"aten +available",
+        r"local +available",
+        r"torch +available.*gloo yes",
+        r"world +1 process: RANK and WORLD_SIZE are not set",
+        r"communicator +local",
+        r"device +",
+    ):
+        assert re.search(pattern, output), pattern
+
+
+def test_info_says_which_rank_a_launcher_made_this(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert main(["info"]) == 0
+    output = capsys.readouterr().out
+    assert "rank 0 of 3" in output
+    assert re.search(r"communicator +torch, once", output)
+    monkeypatch.setenv("RANK", "1")
+    assert main(["info"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_info_works_without_torch(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delenv("RANK", raising=False)
+    assert main(["info"]) == 0
+    output = capsys.readouterr().out
+    assert "torch cannot be imported" in output
+    assert re.search(r"aten +not available", output)
+
+
+def test_help_and_info_load_no_torch_before_they_need_it():
+    code = "import sys, syncbn.cli; syncbn.cli._parser(); sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=dict(os.environ), timeout=60).returncode == 0
