@@ -28,7 +28,8 @@ import torch.distributed as dist
 THREAD_GRACE_SECONDS, PROCESS_GRACE_SECONDS = 3.0, 15.0
 
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["torch", "torch.distributed", "syncbn.nn"])
+# torch._dynamo: DistributedDataParallel imports it, for seconds, in every process that has not got it.
+_processes.set_forkserver_preload(["torch", "torch.distributed", "torch.nn.parallel", "torch._dynamo", "syncbn.nn"])
 
 
 class ThreadCommunicator:
