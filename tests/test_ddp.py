@@ -44,10 +44,14 @@ class Whole(torch.autograd.Function):
         return grad[slice(*ctx.bounds)], None, None, None
 
 
+def _leaves(*shapes):
+    """The same on every rank: of a generator of its own, for threads share torch's default one."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(s, dtype=torch.float64, generator=generator).requires_grad_() for s in shapes]
+
+
 def _gradcheck(rank, comm, cuts, synchronised):
-    torch.manual_seed(0)
-    whole = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
-    weight, bias = (torch.randn(2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    whole, weight, bias = _leaves((5, 2, 3), (2,), (2,))
     bounds = (cuts[rank], cuts[rank + 1])
 
     def batch_norm(x, w, b):
@@ -78,8 +82,7 @@ class _ForgetsOtherRanks:
 
 
 def _gradcheck_without_backward_sums(rank, comm):
-    torch.manual_seed(0)
-    whole = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
+    (whole,) = _leaves((5, 2, 3))
     bounds, group = ((0, 2), (2, 5))[rank], _ForgetsOtherRanks(comm, 2)
 
     def batch_norm(x):
