@@ -16,7 +16,7 @@ from syncbn.cli import check as check_module
 from syncbn.cli import main
 from syncbn.cli.check import Case, all_cases, compare
 from syncbn.comm.torch import TorchCommunicator
-from syncbn.kernels import aten, reference
+from syncbn.kernels import aten, cpu, reference
 
 
 def lines_of(output, status):
@@ -75,6 +75,13 @@ def _biased_running_var(real):
     return combine
 
 
+@pytest.fixture
+def without_cpu_kernels(monkeypatch):
+    """Each frontend then has kernels of its own."""
+    monkeypatch.setattr(cpu, "_library", None)
+
+
+@pytest.mark.usefixtures("without_cpu_kernels")
 @pytest.mark.parametrize(("kernels", "frontend"), [(aten, "torch"), (reference, "numpy")])
 def test_wrong_count_fails_the_frontend_that_uses_it(kernels, frontend, monkeypatch, capsys):
     monkeypatch.setattr(kernels, "combine", _biased_running_var(kernels.combine))
@@ -84,28 +91,34 @@ def test_wrong_count_fails_the_frontend_that_uses_it(kernels, frontend, monkeypa
     assert all(f", {frontend}, " in line for line in failed)
 
 
+def test_wrong_count_in_the_cpu_kernels_fails_all(monkeypatch, capsys):
+    monkeypatch.setattr(cpu, "combine", _biased_running_var(cpu.combine))
+    assert main(["check"]) == 1
+    assert len(lines_of(capsys.readouterr().out, "FAIL")) == len(list(all_cases(1)))
+
+
 def test_one_float32_rounding_too_many_in_dx_fails(monkeypatch, capsys):
-    real = aten.backward_elemt
+    real = cpu.backward_elemt
 
     def backward_elemt(*arguments):
         real(*arguments)
-        arguments[-1].mul_(1 + 8 * 2**-23)
+        arguments[-1][...] *= 1 + 8 * 2**-23
 
-    monkeypatch.setattr(aten, "backward_elemt", backward_elemt)
+    monkeypatch.setattr(cpu, "backward_elemt", backward_elemt)
     assert main(["check"]) == 1
     failed = lines_of(capsys.readouterr().out, "FAIL")
     assert any("float32" in line and "(dx, rank 0)" in line for line in failed)
 
 
 def test_check_that_raises_is_reported_and_the_rest_go_on(monkeypatch, capsys):
-    real = aten.stats
+    real = cpu.stats
 
     def stats(x, center):
         if x.dtype == torch.bfloat16:
             raise ValueError("no bfloat16 today")
         return real(x, center)
 
-    monkeypatch.setattr(aten, "stats", stats)
+    monkeypatch.setattr(cpu, "stats", stats)
     assert main(["check"]) == 1
     output = capsys.readouterr().out
     failed = lines_of(output, "FAIL")
@@ -140,14 +153,14 @@ def _check_with_a_rank_that_raises(rank, group):
     check_module._CASE_TIMEOUT = timedelta(seconds=3)
     cases = [Case("even", "torch", dtype, "contiguous") for dtype in ("float32", "float16", "bfloat16")]
     check_module.all_cases = lambda ranks: iter(cases)
-    real = aten.stats
+    real = cpu.stats
 
     def stats(x, center):
         if rank == 1 and x.dtype == torch.float16:
             raise KeyError("mine alone")
         return real(x, center)
 
-    aten.stats = stats
+    cpu.stats = stats
     return _check(rank, group)
 
 
@@ -178,6 +191,8 @@ def test_info_names_versions_kernels_communicators_and_choice(capsys, monkeypatc
         r"mpi4py +(not installed|\d)",
         r"reference +available",
         r"aten +available",
+        r"cpu +available: .*, instruction set (avx512|avx2|baseline)",
+        r"kernels +cpu for torch tensors on the CPU and NumPy arrays",
         r"local +available",
         r"torch +available.*gloo yes",
         r"world +1 process: RANK and WORLD_SIZE are not set",
@@ -185,6 +200,15 @@ def test_info_names_versions_kernels_communicators_and_choice(capsys, monkeypatc
         r"device +",
     ):
         assert re.search(pattern, output), pattern
+
+
+@pytest.mark.usefixtures("without_cpu_kernels")
+def test_info_says_when_the_cpu_kernels_are_missing(capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert main(["info"]) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"cpu +not available: installed without a C\+\+ compiler", output)
+    assert re.search(r"kernels +aten for torch tensors, reference for NumPy arrays", output)
 
 
 def test_info_says_which_rank_a_launcher_made_this(capsys, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from steps import rounded
 
-from syncbn.kernels import aten, reference, select
+from syncbn.kernels import aten, cpu, reference, select
 
 SHAPES = [(5, 3, 7), (1, 1, 1), (4, 1, 9), (9, 6, 1), (1, 300, 2), (0, 4, 3), (3, 4, 0), (2, 2, 49)]
 NAMES = ["stats", "combine", "elemt", "backward_reduce", "backward_elemt"]
@@ -61,6 +61,8 @@ IMPLEMENTATIONS = {
     "reference": Implementation(reference, "numpy"),
     "aten": Implementation(aten, "torch"),
     "aten-many_tiles": Implementation(aten, "torch", tile=5),
+    "cpu-torch": Implementation(cpu, "torch"),
+    "cpu-numpy": Implementation(cpu, "numpy"),
 }
 
 
@@ -70,19 +72,28 @@ def implementation(request, monkeypatch):
     return IMPLEMENTATIONS[request.param]
 
 
+def test_the_compiled_kernels_are_there():
+    """Where a compiler was missing the package works without them, but then these tests have not tested them."""
+    assert cpu.instruction_set() in ("baseline", "avx2", "avx512")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_implementation_has_the_contracts_signature(name):
-    parameters = [list(inspect.signature(getattr(kernels, name)).parameters) for kernels in (reference, aten)]
-    assert parameters[0] == parameters[1]
+    parameters = [list(inspect.signature(getattr(kernels, name)).parameters) for kernels in (reference, aten, cpu)]
+    assert parameters[0] == parameters[1] == parameters[2]
 
 
 def test_no_implementation_has_public_functions_beside_the_contract():
-    for kernels in (reference, aten):
+    for kernels in (reference, aten, cpu):
         public = {n for n, v in vars(kernels).items() if inspect.isfunction(v) and not n.startswith("_")}
-        assert {n for n in public if vars(kernels)[n].__module__ == kernels.__name__} == set(NAMES)
+        own = {n for n in public if vars(kernels)[n].__module__ == kernels.__name__}
+        assert own - {"serves", "instruction_set"} == set(NAMES)
 
 
-def test_select_goes_by_the_kind_of_array():
+def test_select_takes_the_fastest_that_serves(monkeypatch):
+    assert select(np.ones(1)) is select(torch.ones(1)) is cpu
+    assert select(torch.ones(1, device="meta")) is aten
+    monkeypatch.setattr(cpu, "_library", None)
     assert select(np.ones(1)) is reference
     assert select(torch.ones(1)) is aten
 
@@ -222,6 +233,56 @@ def test_results_have_the_inputs_dtype_and_one_rounding(implementation, arrays, 
     ):
         found = found.double() if implementation.library == "torch" else found
         np.testing.assert_allclose(found, expected, rtol=u + 1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("shape", [(3, 5, 67), (67, 37, 1), (2, 3, 70000), (4, 1, 300), (20011, 6, 1)], ids=str)
+def test_cpu_and_aten_give_the_same_bits(shape, dtype):
+    torch.manual_seed(0)
+    x, dy = (torch.randn(shape).to(getattr(torch, dtype)) for _ in range(2))
+    mean = torch.rand(shape[1], dtype=torch.float64)
+    invstd, weight, bias = torch.rand(3, shape[1], dtype=torch.float64 if dtype == "float64" else torch.float32)
+    sums, count = torch.rand(2 * shape[1], dtype=torch.float64) * x[:, 0].numel(), torch.tensor(float(x[:, 0].numel()))
+    for name, arguments in {
+        "elemt": (x, mean, invstd, weight, bias),
+        "backward_elemt": (dy, x, mean, invstd, count.double(), weight, sums),
+    }.items():
+        assert torch.equal(*[filled(getattr(kernels, name), *arguments) for kernels in (aten, cpu)]), name
+    for name, arguments in {"stats": (x, None), "backward_reduce": (dy, x, mean)}.items():
+        results = [getattr(kernels, name)(*arguments) for kernels in (aten, cpu)]
+        torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12 * x.numel())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_cpu_kernels_keep_nan_and_infinity(value, dtype):
+    x = torch.ones(2, 3, 40).to(getattr(torch, dtype))
+    x[0, 1, 7] = x[1, 1, 39] = value
+    vector, mean = torch.ones(3), torch.ones(3, dtype=torch.float64)
+    y, expected = (filled(kernels.elemt, x, mean, vector, vector, vector) for kernels in (cpu, aten))
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+    assert not torch.isfinite(y[0, 1, 7])
+    assert torch.isfinite(y[:, ::2]).all()
+    assert not torch.isfinite(cpu.stats(x, None)[1])
+
+
+@pytest.mark.parametrize("make", ["strided", "fortran", "readonly", "misaligned", "negative"])
+def test_cpu_kernels_take_every_ndarray(make):
+    plain = np.random.default_rng(0).standard_normal((4, 3, 6)).astype(np.float32)
+    vector, mean = np.ones(3, np.float32), np.ones(3)
+    x = {
+        "strided": lambda: np.repeat(plain, 2, 2)[:, :, ::2],
+        "fortran": lambda: np.asfortranarray(plain),
+        "readonly": lambda: np.frombuffer(plain.tobytes(), np.float32).reshape(plain.shape),
+        "misaligned": lambda: np.frombuffer(b"x" + plain.tobytes(), np.float32, offset=1).reshape(plain.shape),
+        "negative": lambda: np.flip(np.flip(plain, (0, 2)).copy(), (0, 2)),
+    }[make]()
+    np.testing.assert_array_equal(x, plain)
+    np.testing.assert_array_equal(filled(cpu.elemt, x, mean, vector, None, None), plain - 1)
+    y = np.zeros((3, 8, 6), np.float32).swapaxes(0, 1)[::2]
+    cpu.elemt(x, mean, vector, None, None, y)
+    np.testing.assert_array_equal(y, plain - 1)
+    np.testing.assert_allclose(cpu.stats(x, None), reference.stats(plain, None), **SUM)
 
 
 def test_temporaries_do_not_grow_with_the_input():

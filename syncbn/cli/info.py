@@ -9,6 +9,7 @@ import platform
 from typing import Any
 
 from .. import __version__
+from ..kernels import cpu
 from .launch import under_launcher
 
 _TORCH_BACKENDS = ("gloo", "nccl", "mpi", "ucc", "xccl")
@@ -56,6 +57,9 @@ def _kernels(torch: Any) -> dict[str, str]:
     return {
         "reference": "available: NumPy arrays, in float64",
         "aten": f"{aten}: torch tensors, on any device with float64",
+        "cpu": f"available: CPU tensors and NumPy arrays, C++, instruction set {isa}"
+        if (isa := cpu.instruction_set())
+        else "not available: installed without a C++ compiler (GCC or Clang); with one, install again",
     }
 
 
@@ -85,6 +89,8 @@ def _chosen(torch: Any) -> dict[str, str]:
     return {
         "world": world,
         "communicator": communicator,
-        "kernels": "aten for torch tensors, reference for NumPy arrays: by the type of the input",
+        "kernels": "cpu for torch tensors on the CPU and NumPy arrays, aten for tensors on other devices"
+        if cpu.instruction_set()
+        else "aten for torch tensors, reference for NumPy arrays, for want of the cpu kernels",
         "device": device,
     }

@@ -22,6 +22,7 @@ Element-wise work is in the accumulate dtype, for which mean is rounded.
 |-----------|---------------|--------------------------------------------------------------|
 | reference | ndarray       | NumPy, in float64, written like the formulas: the oracle     |
 | aten      | torch.Tensor  | plain torch operations, on any device that has float64       |
+| cpu       | both, on CPUs | C++: one pass over memory per kernel                         |
 """
 
 from __future__ import annotations
@@ -33,7 +34,11 @@ import numpy as np
 
 
 def select(x: Any) -> ModuleType:
-    """Returns the kernels that serve x, a torch tensor or an ndarray."""
+    """Returns the fastest kernels that serve x, a torch tensor or an ndarray."""
+    from . import cpu
+
+    if cpu.serves(x):
+        return cpu
     if isinstance(x, np.ndarray):
         from . import reference
 
