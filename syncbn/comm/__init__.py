@@ -51,16 +51,18 @@ def as_communicator(group: Any) -> Communicator:
         TypeError: anything else.
         ValueError: a group this process is not in, or a mesh of more than one dimension.
     """
-    if isinstance(group, Communicator) and not isinstance(group, type):
-        return group
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available():
         from .torch import communicator_of
 
-        return communicator_of(group)
-    if group is None:
+        communicator = communicator_of(group)
+        if communicator is not None:
+            return communicator
+    elif group is None:
         return LocalCommunicator()
+    if isinstance(group, Communicator) and not isinstance(group, type):
+        return group
     raise TypeError(
-        f"expected process_group to be None, a ProcessGroup, a one-dimensional DeviceMesh or a Communicator; got "
-        f"{type(group).__name__}, and torch.distributed is not available: pass None or a Communicator"
+        "expected process_group to be None, a ProcessGroup, a one-dimensional DeviceMesh or a Communicator; got "
+        f"{type(group).__name__}: see syncbn.comm.Communicator for what an object of your own must have"
     )

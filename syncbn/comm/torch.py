@@ -35,28 +35,25 @@ class TorchCommunicator:
         dist.all_reduce(tensor, group=self.group)
 
 
-def communicator_of(group: Any) -> TorchCommunicator | LocalCommunicator:
-    """Returns the communicator of None, a ProcessGroup or a one-dimensional DeviceMesh. See as_communicator."""
-    if isinstance(group, DeviceMesh):
+def communicator_of(group: Any) -> TorchCommunicator | LocalCommunicator | None:
+    """Returns the communicator of None or of a group of torch's, and None for anything else. See as_communicator."""
+    if group is None:
+        group = dist.group.WORLD
+        if group is None:  # torch.distributed is not initialised
+            return LocalCommunicator()
+    elif isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise ValueError(
                 f"expected a DeviceMesh of 1 dimension; got {group.ndim}, {group}: "
                 'pass one of its dimensions, mesh["name"]'
             )
         group = dist.GroupMember.NON_GROUP_MEMBER if group.get_coordinate() is None else group.get_group()
-    if group is None:
-        if not dist.is_initialized():
-            return LocalCommunicator()
-        group = dist.group.WORLD
+    if isinstance(group, dist.ProcessGroup):
+        return TorchCommunicator(group) if group.size() > 1 else LocalCommunicator()
     # What torch.distributed.new_group returns to a process outside the group differs between versions of torch.
     if group == dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError(
-            "expected a process group that this process is in; got a group or mesh of other "
-            "processes: give every rank the group that it belongs to"
+            "expected a process group that this process is in; got a group or mesh of other processes: give every rank "
+            "the group that it belongs to"
         )
-    if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(
-            "expected process_group to be None, a ProcessGroup, a one-dimensional DeviceMesh or a Communicator; got "
-            f"{type(group).__name__}: see syncbn.comm.Communicator for what an object of your own must have"
-        )
-    return TorchCommunicator(group) if group.size() > 1 else LocalCommunicator()
+    return None
