@@ -88,6 +88,14 @@ template <> struct Load<double> {
 
 template <class V> inline V load_floats(const float* p) { return raw<V>(p); }
 template <class V> inline V load_floats(const bfloat16* p) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) return bits_of<V>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw<__m256i>(p)), 16));
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(V) == 32) return bits_of<V>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw<__m128i>(p)), 16));
+  if constexpr (sizeof(V) == 16)
+    return bits_of<V>(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_cvtsi64_si128(raw<int64_t>(p))), 16));
+#endif
   typedef typename Bits<V>::U32 U32;
   return bits_of<V>(__builtin_convertvector(raw<typename Bits<V>::U16>(p), U32) << 16);
 }
@@ -126,11 +134,19 @@ inline void store(Float v, float* p) { std::memcpy(p, &v, sizeof v); }
 inline void store(Double v, double* p) { std::memcpy(p, &v, sizeof v); }
 inline void store(Float v, bfloat16* p) {
   typedef Bits<Float>::U32 U32;
-  typedef Bits<Float>::U16 U16;
+  [[maybe_unused]] typedef Bits<Float>::U16 U16;
   const U32 u = bits_of<U32>(v);
   const U32 rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   const U32 is_nan = (U32)(v != v);
-  const U16 out = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0), U16);
+  const U32 wide = (rounded & ~is_nan) | (is_nan & 0x7fc0);
+#if defined(__AVX512F__)
+  const __m256i out = _mm512_cvtepi32_epi16(bits_of<__m512i>(wide));
+#elif defined(__AVX2__)
+  const __m256i w = bits_of<__m256i>(wide);
+  const __m128i out = _mm_packus_epi32(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1));
+#else
+  const U16 out = __builtin_convertvector(wide, U16);
+#endif
   std::memcpy(p, &out, sizeof out);
 }
 inline void store(Float v, float16* p) {
