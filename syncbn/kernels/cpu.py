@@ -8,7 +8,7 @@ picks one at load. Element-wise results are the same bits as the aten kernels'.
 from __future__ import annotations
 
 import ctypes
-from pathlib import Path
+import importlib.util
 from typing import Any
 
 import numpy as np
@@ -18,10 +18,11 @@ _DTYPES = {"float64": 0, "float32": 1, "bfloat16": 2, "float16": 3}
 
 def _load() -> ctypes.CDLL | None:
     """Returns the compiled library, or None where the package was installed without a compiler."""
-    path = Path(__file__).with_name("_cpu.so")
-    if not path.exists():
+    # Where the import system finds it: in an editable install that is not beside this file.
+    spec = importlib.util.find_spec(f"{__package__}._cpu")
+    if spec is None or spec.origin is None:
         return None
-    library = ctypes.CDLL(str(path))
+    library = ctypes.CDLL(spec.origin)
     pointer, integer, size, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_double
     shape = [size] * 3
     library.syncbn_isa.restype = ctypes.c_char_p
