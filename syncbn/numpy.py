@@ -103,6 +103,7 @@ class SyncBatchNorm:
             ValueError: shapes that do not fit, or a single element per channel over all ranks.
             RuntimeError: another rank raised one of these; no rank is left waiting.
         """
+        self._saved = None
         comm = self.comm if self.training else LocalCommunicator()
         with core.refusing(lambda: np.empty(2 * self.num_features + 1), comm):
             self._check(x)

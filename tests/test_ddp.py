@@ -194,8 +194,11 @@ def test_scale_loss_refuses_a_negative_batch_size_and_leaves_no_rank_waiting():
         assert "another rank raised an error instead" in str(errors[1])
     with pytest.raises(TypeError, match=r"expected loss to be a floating-point tensor; got a tensor of torch.int64"):
         syncbn.scale_loss(torch.tensor(1), 1)
+    with pytest.raises(ValueError, match=r"expected loss to be a scalar; got shape \(3,\)"):
+        syncbn.scale_loss(torch.ones(3), 3)
 
 
 def test_scale_loss_in_one_process_is_the_identity():
     loss = torch.tensor(3.0, requires_grad=True)
     assert syncbn.scale_loss(loss, 5).item() == 3.0
+    assert syncbn.scale_loss(loss, torch.tensor(5)).item() == 3.0

@@ -224,6 +224,16 @@ def test_trap_32_without_torch_distributed_and_with_one_rank_it_is_batch_norm():
         dist.all_reduce(torch.ones(1))
 
 
+def test_trap_32_a_launched_process_that_has_not_joined_the_others_is_warned(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.warns(RuntimeWarning, match="launched as one of 2 processes, but torch.distributed is not initialised"):
+        syncbn.SyncBatchNorm(3)(torch.randn(4, 3))
+    syncbn.SyncBatchNorm(3, process_group=LocalCommunicator())(torch.randn(4, 3))
+    syncbn.SyncBatchNorm(3).eval()(torch.randn(4, 3))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    syncbn.SyncBatchNorm(3)(torch.randn(4, 3))
+
+
 def _copies(rank, group):
     layer = syncbn.SyncBatchNorm(2, process_group=dist.new_group([0, 1]))
     layer(torch.randn(4, 2))

@@ -56,6 +56,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Names defaults, but not the None of options whose help says itself what happens without them."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     demo = commands.add_parser(
         "demo",
@@ -63,7 +70,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         description="Trains one small network three times from the same weights and the same order of samples: in one "
         "process; on P ranks with SyncBatchNorm; on P ranks with unsynchronised nn.BatchNorm. Starts its own ranks, "
         "or uses those of torchrun ... -m syncbn demo.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_HelpFormatter,
     )
     add = demo.add_argument
     add("--ranks", type=_int_from(1), help="P, the number of processes (default: 4; under torchrun, its own number)")

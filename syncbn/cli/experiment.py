@@ -38,7 +38,15 @@ class Run(NamedTuple):
 
 
 def experiment(arguments: argparse.Namespace) -> None:
+    """Runs the demo's three trainings on this rank; rank 0 prints and writes the report."""
     dist.init_process_group("gloo")
+    try:
+        _experiment(arguments)
+    finally:
+        dist.destroy_process_group()  # its threads must not outlive the interpreter
+
+
+def _experiment(arguments: argparse.Namespace) -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     data, steps = _prepare(arguments, ranks)
     batch = sum(len(part) for part in steps[0])
@@ -65,7 +73,6 @@ def experiment(arguments: argparse.Namespace) -> None:
         print(f"\n{format_table(report)}\n", flush=True)
         for path in (write_json(report, Path(arguments.out)), draw(report, Path(arguments.out))):
             print(f"wrote {path}", flush=True)
-    dist.destroy_process_group()
 
 
 def _describe(run: Run, result: Result, reference: Result) -> dict[str, Any]:

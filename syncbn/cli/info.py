@@ -48,7 +48,7 @@ def _versions() -> dict[str, str]:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed" + ('; pip install "syncbn[mpi]"' if package == "mpi4py" else "")
+            found[package] = "not installed"
     return found
 
 

@@ -33,7 +33,8 @@ class Communicator(Protocol):
         """Replaces buffer by its sum over all ranks, in place, with the same bits on every rank.
 
         Args:
-            buffer: a contiguous one-dimensional float64 array, of the same length on every rank.
+            buffer: contiguous, one-dimensional, float64, of the same length on every rank: a torch tensor on the
+                input's device from the torch layers, an ndarray from the NumPy layer. What is returned is ignored.
 
         Collective:
             every rank must call, in the same order.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from typing import Any
 
 import torch
@@ -40,6 +42,7 @@ def communicator_of(group: Any) -> TorchCommunicator | LocalCommunicator | None:
     if group is None:
         group = dist.group.WORLD
         if group is None:  # torch.distributed is not initialised
+            _warn_of_a_launcher()
             return LocalCommunicator()
     elif isinstance(group, DeviceMesh):
         if group.ndim != 1:
@@ -57,3 +60,15 @@ def communicator_of(group: Any) -> TorchCommunicator | LocalCommunicator | None:
             "the group that it belongs to"
         )
     return None
+
+
+def _warn_of_a_launcher() -> None:
+    """Warns, once, in a process that a launcher made one of many but that has not joined the others."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        warnings.warn(
+            f"launched as one of {os.environ['WORLD_SIZE']} processes, but torch.distributed is not initialised: "
+            "statistics are this process's alone; call torch.distributed.init_process_group, or pass "
+            "process_group=syncbn.comm.LocalCommunicator() if that is meant",
+            RuntimeWarning,
+            stacklevel=2,
+        )

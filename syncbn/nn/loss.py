@@ -12,7 +12,7 @@ from .. import core
 from ..comm import as_communicator
 
 
-def scale_loss(loss: Tensor, batch_size: float, process_group: Any = None) -> Tensor:
+def scale_loss(loss: Tensor, batch_size: float | Tensor, process_group: Any = None) -> Tensor:
     """Scales a rank's mean loss so that DistributedDataParallel's mean over ranks is the mean over all samples.
 
     loss * world_size * batch_size / sum(batch_size over ranks). DDP averages the ranks' gradients with equal weights;
@@ -22,18 +22,19 @@ def scale_loss(loss: Tensor, batch_size: float, process_group: Any = None) -> Te
     Args:
         loss: the mean loss over this rank's samples, a scalar. With batch_size 0 it may be NaN; 0 is returned,
             still connected to the graph, so that backward runs and sends its messages on this rank as well.
-        batch_size: the number of samples, or pixels, or whatever the mean is over, on this rank; at least 0.
+        batch_size: the number of samples, or pixels, or whatever the mean is over, on this rank; at least 0. A
+            number or a 0-d tensor, which is read.
         process_group: that of DDP; see syncbn.SyncBatchNorm.
 
     Returns:
-        The scaled loss, for backward. Its mean over ranks is the global mean loss.
+        The scaled loss, for backward. Not the number to log: that is its mean over ranks, the mean over all samples.
 
     Collective:
         one all_reduce of 1 float64; every rank must call.
 
     Raises:
         TypeError: loss is no floating-point tensor, or batch_size no number.
-        ValueError: batch_size is negative or not finite.
+        ValueError: loss is no scalar, or batch_size is negative or not finite.
         RuntimeError: another rank raised one of these; no rank is left waiting.
     """
     comm = as_communicator(process_group)
@@ -42,6 +43,10 @@ def scale_loss(loss: Tensor, batch_size: float, process_group: Any = None) -> Te
         if not isinstance(loss, Tensor) or not loss.is_floating_point():
             kind = f"a tensor of {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(f"expected loss to be a floating-point tensor; got {kind}: pass the loss before backward")
+        if loss.dim():
+            raise ValueError(f"expected loss to be a scalar; got shape {tuple(loss.shape)}: take its mean first")
+        if isinstance(batch_size, Tensor) and not batch_size.dim():
+            batch_size = batch_size.item()
         if not isinstance(batch_size, Real):
             raise TypeError(f"expected batch_size to be a number; got {type(batch_size).__name__}: pass len(images)")
         if not 0 <= batch_size < float("inf"):
