@@ -62,31 +62,39 @@ struct Pair {
 };
 
 constexpr long kBlock = 64;  // steps of plain addition
+constexpr long kRows = 8;    // of a channel that are summed together: as many streams as processors prefetch
 
-// Adds the sums of op over elements [begin, end) of a row of one channel.
-template <class Op> inline void reduce_row(const Op& op, long c, long begin, long end, Pair& total) {
+// Adds the sums of op over elements [begin, end) of a row of one channel, and of the rows - 1 that follow `stride` later.
+template <class Op>
+inline void reduce_rows(const Op& op, long c, long begin, long end, long rows, long stride, Pair& total) {
   const auto v = op.template channel<Double>(c);
-  Sum<Double> a, b;
-  long i = begin;
-  while (i + 4 * kDoubles <= end) {
-    Double a0{}, a1{}, a2{}, a3{}, b0{}, b1{}, b2{}, b3{};
-    const long stop = std::min(end - 4 * kDoubles, i + (kBlock - 1) * 4 * kDoubles);
-    for (; i <= stop; i += 4 * kDoubles) {
-      op.add(i, v, a0, b0);
-      op.add(i + kDoubles, v, a1, b1);
-      op.add(i + 2 * kDoubles, v, a2, b2);
-      op.add(i + 3 * kDoubles, v, a3, b3);
-    }
-    a.add((a0 + a1) + (a2 + a3));
-    b.add((b0 + b1) + (b2 + b3));
-  }
-  Double a0{}, b0{};
-  for (; i + kDoubles <= end; i += kDoubles) op.add(i, v, a0, b0);
-  double a_tail = simd::sum(a.value() + a0), b_tail = simd::sum(b.value() + b0);
   const auto u = op.template channel<double>(c);
-  for (; i < end; ++i) op.add(i, u, a_tail, b_tail);
-  total.a.add(a_tail);
-  total.b.add(b_tail);
+  Sum<Double> a, b;
+  Double a0{}, a1{}, a2{}, a3{}, b0{}, b1{}, b2{}, b3{};
+  double a_tail = 0, b_tail = 0;
+  long steps = 0;  // of plain addition so far
+  for (long r = 0; r < rows; ++r, begin += stride, end += stride) {
+    long i = begin;
+    while (i + 4 * kDoubles <= end) {
+      const long count = std::min((end - i) / (4 * kDoubles), kBlock - steps);
+      for (const long stop = i + count * 4 * kDoubles; i < stop; i += 4 * kDoubles) {
+        op.add(i, v, a0, b0);
+        op.add(i + kDoubles, v, a1, b1);
+        op.add(i + 2 * kDoubles, v, a2, b2);
+        op.add(i + 3 * kDoubles, v, a3, b3);
+      }
+      if ((steps += count) == kBlock) {
+        a.add((a0 + a1) + (a2 + a3)), b.add((b0 + b1) + (b2 + b3));
+        a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = Double{};
+        steps = 0;
+      }
+    }
+    for (; i + kDoubles <= end; i += kDoubles) op.add(i, v, a0, b0);
+    for (; i < end; ++i) op.add(i, u, a_tail, b_tail);
+  }
+  a.add((a0 + a1) + (a2 + a3)), b.add((b0 + b1) + (b2 + b3));
+  total.a.add(simd::sum(a.value()) + a_tail);
+  total.b.add(simd::sum(b.value()) + b_tail);
 }
 
 // Adds the sums of op over `rows` rows of c channels each, the first beginning at element `first`. Channels stay in
@@ -124,17 +132,21 @@ template <class Op> void reduce(const Op& op, Shape x, double* out) {
   // Threads have channels of their own, or else sums of their own of all channels.
   const bool by_channel = x.s > 1 && (threads == 1 || x.c >= 4 * threads);
   std::vector<Pair> totals(size_t(by_channel ? 1 : threads) * x.c);
+  const long sample = x.c * x.s;
   if (by_channel) {
     in_parallel(threads, x.c, [&](int, long c0, long c1) {
-      for (long i = 0; i < x.n; ++i)
-        for (long c = c0; c < c1; ++c) reduce_row(op, c, (i * x.c + c) * x.s, (i * x.c + c + 1) * x.s, totals[c]);
+      for (long i = 0; i < x.n; i += kRows)
+        for (long c = c0; c < c1; ++c) {
+          const long row = i * sample + c * x.s;
+          reduce_rows(op, c, row, row + x.s, std::min(kRows, x.n - i), sample, totals[c]);
+        }
     });
   } else if (x.s > 1) {
     in_parallel(threads, x.s, [&](int t, long s0, long s1) {
-      for (long i = 0; i < x.n; ++i)
+      for (long i = 0; i < x.n; i += kRows)
         for (long c = 0; c < x.c; ++c) {
-          const long row = (i * x.c + c) * x.s;
-          reduce_row(op, c, row + s0, row + s1, totals[t * x.c + c]);
+          const long row = i * sample + c * x.s;
+          reduce_rows(op, c, row + s0, row + s1, std::min(kRows, x.n - i), sample, totals[t * x.c + c]);
         }
     });
   } else {
