@@ -9,11 +9,18 @@ from steps import batch, in_format
 
 from syncbn import core
 from syncbn.comm import LocalCommunicator, as_communicator
-from syncbn.kernels import aten, select
+from syncbn.kernels import aten, cpu, select
 
 EVEN = {1: [24], 2: [12, 12], 3: [8, 8, 8], 7: [4] * 7}
 UNEVEN = {1: [24], 2: [1, 23], 3: [2, 3, 19], 7: [1, 9, 2, 5, 3, 1, 4]}
 EMPTY = {1: [24], 2: [0, 24], 3: [9, 0, 15], 7: [0, 9, 0, 5, 0, 1, 4]}
+
+
+@pytest.fixture(params=["compiled", "plain"])
+def kernels_in_use(request, monkeypatch):
+    """The compiled kernels, or those that serve without them."""
+    if request.param == "plain":
+        monkeypatch.setattr(cpu, "_library", None)
 
 
 def _forward(rank, group, parts, make):
@@ -58,6 +65,7 @@ def ulps(got, truth):
     )
 
 
+@pytest.mark.usefixtures("kernels_in_use")
 @pytest.mark.parametrize("make", [as_float32_tensor, as_float32_ndarray])
 @pytest.mark.parametrize("sizes", [EVEN, UNEVEN, EMPTY], ids=["even", "uneven", "empty"])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
@@ -74,6 +82,7 @@ def test_float32_mean_and_invstd_are_within_1_ulp_and_y_within_4(world_size, siz
             assert (abs(y - expected) <= 4 * np.spacing(largest.astype(np.float32))).all(), f"y at mean/std {ratio}"
 
 
+@pytest.mark.usefixtures("kernels_in_use")
 @pytest.mark.parametrize("make", [as_float32_tensor, as_float32_ndarray])
 @pytest.mark.parametrize("shape", [(1_000_000, 2, 1), (600, 20_000, 1), (64, 32, 196), (2, 3, 300_000)], ids=str)
 def test_float32_invstd_is_within_1_ulp_of_many_elements_too(shape, make):
@@ -85,6 +94,7 @@ def test_float32_invstd_is_within_1_ulp_of_many_elements_too(shape, make):
     assert ulps(invstd, 1 / np.sqrt(truth.var + 1e-5)).max() <= 1
 
 
+@pytest.mark.usefixtures("kernels_in_use")
 @pytest.mark.parametrize("make", [as_float32_tensor, as_float32_ndarray])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_float32_variance_is_within_1e_3_at_mean_over_std_1e6(world_size, make):
@@ -104,6 +114,7 @@ def test_float32_sums_of_squares_would_fail_at_mean_over_std_1e4():
     assert (abs(naive - truth.var) > 0.1).all()
 
 
+@pytest.mark.usefixtures("kernels_in_use")
 @pytest.mark.parametrize("make", [as_float64_tensor, as_float64_ndarray])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_float64_is_within_1e_12_at_mean_over_std_1e6(world_size, make):
@@ -134,7 +145,7 @@ def _bits(rank, group, xs, dtype, formats):
     running_mean, running_var = torch.zeros(x.shape[1]), torch.ones(x.shape[1])
     comm = as_communicator(group)
     y = torch.empty_like(x)
-    saved = core.forward(x, y, None, None, running_mean, running_var, 0.1, 1e-5, aten, comm)
+    saved = core.forward(x, y, None, None, running_mean, running_var, 0.1, 1e-5, select(x), comm)
     return {
         "mean": saved.mean.float(),
         "invstd": saved.invstd,
@@ -165,6 +176,7 @@ def _assert_same_bits(case, launcher, world_sizes):
                 )
 
 
+@pytest.mark.usefixtures("kernels_in_use")
 @pytest.mark.parametrize("case", range(50))
 def test_bits_do_not_depend_on_the_split(case):
     _assert_same_bits(case, "thread", (1, 2, 3, 4, 7))
