@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import functional as functional
     from .nn import SyncBatchNorm as SyncBatchNorm
+    from .nn import SyncBatchNormAct as SyncBatchNormAct
     from .nn import convert_sync_batchnorm as convert_sync_batchnorm
     from .nn import revert_sync_batchnorm as revert_sync_batchnorm
     from .nn import scale_loss as scale_loss
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "SyncBatchNorm",
+    "SyncBatchNormAct",
     "__version__",
     "convert_sync_batchnorm",
     "functional",

@@ -13,27 +13,26 @@ always send the same messages.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 # Added to the count by each rank with float64 input, which sends a second message: a fraction that counts stay clear of
 # (exact for up to 2^33 elements a channel and 2^20 ranks), by which ranks see that not all of them will.
 _WIDE = 2.0**-20
 
 
-class Saved(NamedTuple):
-    """What backward needs of forward, beside x and weight.
+class Running(NamedTuple):
+    """What forward updates.
 
     Attributes:
-        mean: (c,) float64, mean over all ranks.
-        invstd: (c,) 1 / sqrt(var + eps) over all ranks, in the accumulate dtype.
-        count: () float64, elements per channel over all ranks.
+        mean, var: (c,), the running statistics, or both None.
+        num_batches_tracked: () int64, the number of batches in them, or None.
+        momentum: weight of a new batch, a float or a 0-d array of x's library and device.
     """
 
-    mean: Any
-    invstd: Any
-    count: Any
+    mean: Any = None
+    var: Any = None
+    num_batches_tracked: Any = None
+    momentum: Any = 0.0
 
 
 def forward(
@@ -41,13 +40,12 @@ def forward(
     y: Any,
     weight: Any,
     bias: Any,
-    running_mean: Any,
-    running_var: Any,
-    momentum: Any,
+    running: Running,
     eps: float,
     kernels: Any,
     comm: Any,
-) -> Saved:
+    *tail: Any,
+) -> Any:
     """Normalises x by the mean and variance over the x of all ranks.
 
     y = (x - mean) * invstd * weight + bias, and in place
@@ -57,14 +55,14 @@ def forward(
         x: (n, c, s), this rank's part of the batch; n may be 0, and n and s may differ between ranks.
         y: (n, c, s), of x's dtype: where the result goes.
         weight, bias: (c,) or None.
-        running_mean, running_var: (c,), updated in place, or both None.
-        momentum: a float, or a 0-d array of x's library and device.
+        running: the running statistics.
         eps: added to the variance.
         kernels: the arithmetic for x.
         comm: the communicator.
+        *tail: what follows in the same pass: the kernels' `tail` and `residual`.
 
     Returns:
-        what backward needs.
+        statistics, (2c + 1,) float64 = [mean | invstd | count] over all ranks.
 
     Collective:
         all_reduce of 2c + 1 float64; float64 input sends a second of the same size. Every rank must call.
@@ -87,21 +85,24 @@ def forward(
         center = moments[: x.shape[1]] / (count + (count == 0))
         moments = kernels.stats(x, center)
         comm.all_reduce(moments)
-    saved = Saved(*kernels.combine(moments, center, x.dtype, running_mean, running_var, momentum, eps))
-    kernels.elemt(x, saved.mean, saved.invstd, weight, bias, y)
-    return saved
+    kernels.combine(moments, center, *running, eps)
+    kernels.elemt(x, moments, weight, bias, y, *tail)
+    return moments
 
 
-def backward(dy: Any, x: Any, dx: Any, weight: Any, saved: Saved, kernels: Any, comm: Any) -> tuple[Any, Any]:
+def backward(
+    dy: Any, x: Any, dx: Any, weight: Any, bias: Any, statistics: Any, kernels: Any, comm: Any, tail: Any, *gate: Any
+) -> tuple[Any, Any]:
     """Differentiates forward.
 
-    dx = weight * invstd * (dy - sum_dy / count - (x - mean) * invstd^2 * sum_dy_xmu / count)
+    dx = weight * invstd * (g - sum_g / count - (x - mean) * invstd^2 * sum_g_xmu / count), g = dy without a tail.
 
     Args:
         dy: (n, c, s), the gradient of this rank's y.
         dx: (n, c, s), of x's dtype: where the gradient of x goes.
-        x, weight, kernels, comm: as given to forward.
-        saved: as forward returned it.
+        x, weight, bias, kernels, comm, tail: as given to forward; after in-place work, x is y.
+        statistics: as forward returned them.
+        *gate: after a forward with activation and residual, the kernels' `gate` and `g`.
 
     Returns:
         grad_weight and grad_bias, (c,) float64, of this rank's elements alone, so that data-parallel training averages
@@ -111,58 +112,57 @@ def backward(dy: Any, x: Any, dx: Any, weight: Any, saved: Saved, kernels: Any, 
         all_reduce of 2c float64. Every rank must call.
     """
     c = x.shape[1]
-    sums = kernels.backward_reduce(dy, x, saved.mean)
-    local = 1.0 * sums  # a copy, for all_reduce works in place
+    sums = kernels.backward_reduce(dy, x, statistics, weight, bias, tail, *gate)
+    grad_weight, grad_bias = sums[c:] * statistics[c:-1], 1.0 * sums[:c]  # copies, for all_reduce works in place
     comm.all_reduce(sums)
-    kernels.backward_elemt(dy, x, *saved, weight, sums, dx)
-    return local[c:] * saved.invstd, local[:c]
+    if gate:  # dy went through the activation already
+        dy, tail = gate[1], tail._replace(activation="none")
+    kernels.backward_elemt(dy, x, statistics, weight, bias, sums, dx, tail)
+    return grad_weight, grad_bias
 
 
 def eval_forward(
     x: Any, y: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, eps: float, kernels: Any
-) -> Saved:
+) -> Any:
     """Normalises x by the running statistics: as forward, with nothing sent and nothing updated."""
     # Running statistics as moments: those, about running_mean, of one element with that variance.
     moments = kernels.stats(x[:0], None)
-    moments[x.shape[1] : -1] = running_var
-    moments[-1] = 1
-    saved = Saved(*kernels.combine(moments, running_mean, x.dtype, None, None, 0.0, eps))
-    kernels.elemt(x, saved.mean, saved.invstd, weight, bias, y)
-    return saved
+    moments[: x.shape[1]], moments[x.shape[1] : -1], moments[-1] = running_mean, running_var, 1
+    center = 1.0 * moments[: x.shape[1]]
+    moments[: x.shape[1]] = 0
+    kernels.combine(moments, center, *Running(), eps)
+    kernels.elemt(x, moments, weight, bias, y)
+    return moments
 
 
-def eval_backward(dy: Any, x: Any, dx: Any, weight: Any, saved: Saved, kernels: Any) -> tuple[Any, Any]:
+def eval_backward(dy: Any, x: Any, dx: Any, weight: Any, bias: Any, statistics: Any, kernels: Any) -> tuple[Any, Any]:
     """Differentiates eval_forward: as backward, but mean and invstd are constants, and nothing is sent."""
     c = x.shape[1]
-    sums = kernels.backward_reduce(dy, x, saved.mean)
-    no_sums = kernels.backward_reduce(dy[:0], x[:0], saved.mean)
-    kernels.backward_elemt(dy, x, *saved, weight, no_sums, dx)
-    return sums[c:] * saved.invstd, sums[:c]
+    sums = kernels.backward_reduce(dy, x, statistics, weight, bias)
+    no_sums = kernels.backward_reduce(dy[:0], x[:0], statistics, weight, bias)
+    kernels.backward_elemt(dy, x, statistics, weight, bias, no_sums, dx)
+    return sums[c:] * statistics[c:-1], sums[:c]
 
 
-@contextmanager
-def refusing(message: Callable[[], Any], comm: Any) -> Iterator[None]:
-    """Tells the other ranks, where an error is raised within, that this rank will not send its statistics.
+def refuse(error: Exception, message: Any, comm: Any) -> NoReturn:
+    """Raises an error that this rank alone may have, after telling the others that it will not send its statistics.
 
     Forward's check of the count then raises on them too; backward, which sends no count, gives them gradients of NaN.
 
     Args:
-        message: returns a float64 array as long as what the other ranks send, or None where that is not known.
+        error: what is raised; that of a wrong argument says which rank it is.
+        message: a float64 array as long as what the other ranks send, or None where that is not known.
         comm: the communicator.
 
     Collective:
-        on an error, the first all_reduce of forward, or that of backward.
+        the first all_reduce of forward, or that of backward.
     """
-    try:
-        yield
-    except Exception as error:
-        buffer = message()
-        if buffer is not None:
-            buffer[...] = float("nan")
-            comm.all_reduce(buffer)
-        if type(error) in (TypeError, ValueError):
-            raise type(error)(f"{rank_prefix(comm)}{error}") from None
-        raise
+    if message is not None:
+        message[...] = float("nan")
+        comm.all_reduce(message)
+    if type(error) in (TypeError, ValueError):
+        raise type(error)(f"{rank_prefix(comm)}{error}") from None
+    raise error
 
 
 def rank_prefix(comm: Any) -> str:
@@ -172,7 +172,7 @@ def rank_prefix(comm: Any) -> str:
 
 def _check_count(count: Any, wide: bool, comm: Any) -> None:
     """Raises, on all ranks alike, what all can see of a first message. Reads the count only where that is free."""
-    if str(getattr(count, "device", "cpu")) != "cpu":
+    if not getattr(count, "is_cpu", True):
         return
     marks, elements = math.modf(float(count))
     if elements != elements:

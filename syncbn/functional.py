@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from statistics import mode
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import core
-from .comm import Communicator, LocalCommunicator, as_communicator
-from .kernels import select
+from .comm import Communicator, as_communicator
+from .kernels import PLAIN, Tail, select
 from .layout import Layout, check_arguments, layout_of
 
 
@@ -62,62 +62,48 @@ def sync_batch_norm(
             ranks.
         RuntimeError: another rank raised one of these; no rank is left waiting.
     """
-    comm = as_communicator(process_group) if training else LocalCommunicator()
     if training:
-        return batch_stats_norm(input, 0, running_mean, running_var, weight, bias, momentum, eps, comm)[0]
+        running = core.Running(running_mean, running_var, None, momentum)
+        return batch_stats_norm(input, 0, running, weight, bias, eps, as_communicator(process_group))
     return running_stats_norm(input, running_mean, running_var, weight, bias, eps)
 
 
 def batch_stats_norm(
     input: Tensor,
     num_features: int,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
+    running: core.Running,
     weight: Tensor | None,
     bias: Tensor | None,
-    momentum: float | Tensor,
     eps: float,
     comm: Communicator,
-) -> tuple[Tensor, Tensor]:
-    """Normalises by the statistics of the batch. As sync_batch_norm in training.
+    tail: Tail = PLAIN,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Normalises by the statistics of the batch, then activates. As sync_batch_norm in training.
 
     Args:
         num_features: C where none of the vectors says it; 0 where the input does.
-        momentum: a number or a 0-d tensor.
-        input, running_mean, running_var, weight, bias, eps: as sync_batch_norm.
+        running: what is updated; its momentum a number or a 0-d tensor.
+        input, weight, bias, eps: as sync_batch_norm.
         comm: the communicator.
+        tail: the activation, and whether the result overwrites the input.
+        residual: of the input's shape and dtype, added before the activation; not in place.
 
     Returns:
-        The result, and the number of elements per channel over all ranks, () float64 on the input's device.
+        activation(normalised + residual); in place, the input.
     """
-
-    def message() -> Tensor | None:
-        """Returns what the other ranks send, as far as the arguments tell: most of them, for one is wrong."""
-        tensors = [v for v in (weight, bias, running_mean, running_var, input) if isinstance(v, Tensor)]
-        channels = [v.shape[0] for v in tensors if v.dim() == 1 and v is not input]
-        if num_features:
-            channels.append(num_features)
-        if isinstance(input, Tensor) and not input.is_nested and input.dim() > 1:
-            channels.append(input.shape[1])
-        devices = [v.device for v in tensors if v.device.type != "meta"]
-        if not channels:
-            return None
-        return torch.empty(2 * mode(channels) + 1, dtype=torch.float64, device=devices[0] if devices else "cpu")
-
-    with core.refusing(message, comm):
-        _check(input, num_features, running_mean, running_var, weight, bias, momentum, eps)
-        if input.is_inference() and torch.is_grad_enabled() and any(_needs_grad(v) for v in (weight, bias)):
-            raise ValueError(
-                "expected an input that autograd can save; got an inference tensor: clone it outside inference mode"
-            )
-    y, count = _BatchStatsNorm.apply(  # type: ignore[no-untyped-call]
-        input, weight, bias, running_mean, running_var, momentum, eps, layout_of(input), comm
+    try:
+        _check(input, num_features, running.mean, running.var, weight, bias, running.momentum, eps)
+        if torch.is_grad_enabled():
+            _check_autograd(input, weight, bias, tail)
+        if residual is not None:
+            _check_residual(residual, input, tail)
+    except Exception as error:
+        core.refuse(error, _forward_message(input, num_features, weight, bias, running), comm)
+    y: Tensor = _BatchStatsNorm.apply(  # type: ignore[no-untyped-call]
+        input, weight, bias, residual, (running, eps, layout_of(input), comm, tail)
     )
-    return y, count
-
-
-def _needs_grad(v: Tensor | None) -> bool:
-    return v is not None and v.requires_grad
+    return y
 
 
 def running_stats_norm(
@@ -155,56 +141,91 @@ class _BatchStatsNorm(torch.autograd.Function):
         input: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        momentum: float | Tensor,
-        eps: float,
-        layout: Layout,
-        comm: Communicator,
-    ) -> tuple[Tensor, Tensor]:
+        residual: Tensor | None,
+        options: tuple[core.Running, float, Layout, Communicator, Tail],
+    ) -> Tensor:
+        running, eps, layout, comm, tail = options
         x = layout.flatten(input)
+        kernels = select(x)
         # Not a view of what the kernels filled: views that a Function returns must not be modified in place.
-        y = torch.empty_strided(layout.shape, layout.strides, dtype=input.dtype, device=input.device)
-        ctx.layout, ctx.kernels, ctx.comm = layout, select(x), comm
-        saved = core.forward(
-            x, layout.flatten(y), weight, bias, running_mean, running_var, momentum, eps, ctx.kernels, comm
-        )
-        ctx.save_for_backward(input, weight, *saved)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(saved.count)
+        output = input if tail.in_place else _empty(layout, input)
+        y = x if tail.in_place else layout.flatten(output)
+        more = () if residual is None else (tail, layout.flatten(residual))
+        statistics = core.forward(x, y, weight, bias, running, eps, kernels, comm, *(more or (tail,)))
+        if tail.in_place:
+            ctx.mark_dirty(input)
+            if y.data_ptr() != input.data_ptr():  # input has strides of which (n, c, s) is no view
+                input.copy_(layout.restore(y))
+        # What backward needs beside x to tell the activation's derivative. y is of use to others too, and often kept.
+        gate = None
+        if residual is not None and tail.activation != "none":
+            gate = residual if tail.activation == "silu" else output
+        needed = bias if tail.activation != "none" or tail.in_place else None
+        ctx.save_for_backward(input, weight, needed, gate, statistics)
+        ctx.options = layout, kernels, comm, tail, None if bias is None else bias.dtype, residual is not None
         ctx.set_materialize_grads(False)
-        return y, saved.count
+        return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         # The sums are sent whatever this rank needs, for another may need what this one does not.
-        layout = ctx.layout
-        with core.refusing(lambda: _backward_message(ctx, grad_output), ctx.comm):
-            input, weight, *saved = ctx.saved_tensors  # raises where one was modified in place
+        layout, kernels, comm, tail, bias_dtype, has_residual = ctx.options
+        try:
+            input, weight, bias, gate, statistics = ctx.saved_tensors  # raises where one was modified in place
+        except Exception as error:
+            core.refuse(error, _backward_message(layout, grad_output), comm)
         if grad_output is None:
             grad_output = torch.zeros_like(input)
-        dx = torch.empty_strided(layout.shape, layout.strides, dtype=input.dtype, device=input.device)
+        dx = _empty(layout, input)
+        grad_residual = grad_output if has_residual else None
+        gates: tuple[Tensor, ...] = ()
+        if gate is not None:
+            grad_residual = _empty(layout, input)
+            gates = layout.flatten(gate), layout.flatten(grad_residual)
         grad_weight, grad_bias = core.backward(
             layout.flatten(grad_output),
             layout.flatten(input),
             layout.flatten(dx),
             weight,
-            core.Saved(*saved),
-            ctx.kernels,
-            ctx.comm,
+            bias,
+            statistics,
+            kernels,
+            comm,
+            tail,
+            *gates,
         )
         return (
             dx,
             None if weight is None else grad_weight.to(weight.dtype),
-            None if ctx.bias_dtype is None else grad_bias.to(ctx.bias_dtype),
-            *[None] * 6,
+            None if bias_dtype is None else grad_bias.to(bias_dtype),
+            grad_residual,
+            None,
         )
 
 
-def _backward_message(ctx: Any, grad_output: Tensor | None) -> Tensor:
+def _empty(layout: Layout, like: Tensor) -> Tensor:
+    """Returns a dense tensor of that layout, to be filled."""
+    return torch.empty_strided(layout.shape, layout.strides, dtype=like.dtype, device=like.device)
+
+
+def _forward_message(input: Any, num_features: int, weight: Any, bias: Any, running: core.Running) -> Tensor | None:
+    """Returns what the other ranks send, as far as the arguments tell: most of them, for one is wrong."""
+    tensors = [v for v in (weight, bias, running.mean, running.var, input) if isinstance(v, Tensor)]
+    channels = [v.shape[0] for v in tensors if v.dim() == 1 and v is not input]
+    if num_features:
+        channels.append(num_features)
+    if isinstance(input, Tensor) and not input.is_nested and input.dim() > 1:
+        channels.append(input.shape[1])
+    devices = [v.device for v in tensors if v.device.type != "meta"]
+    if not channels:
+        return None
+    return torch.empty(2 * mode(channels) + 1, dtype=torch.float64, device=devices[0] if devices else "cpu")
+
+
+def _backward_message(layout: Layout, grad_output: Tensor | None) -> Tensor:
     device = "cpu" if grad_output is None else grad_output.device
-    return torch.empty(2 * ctx.layout.shape[1], dtype=torch.float64, device=device)
+    return torch.empty(2 * layout.shape[1], dtype=torch.float64, device=device)
 
 
 def _check(
@@ -221,11 +242,46 @@ def _check(
     if not isinstance(input, Tensor) or input.layout != torch.strided or input.is_nested:
         kind = f"a {input.layout} tensor" if isinstance(input, Tensor) else type(input).__name__
         raise TypeError(f"expected input to be a dense torch.Tensor; got {kind}: convert it first")
-    for name, v in (("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var)):
-        if v is not None and not isinstance(v, Tensor):
-            raise TypeError(f"expected {name} to be a torch.Tensor or None; got {type(v).__name__}: convert it first")
-        if v is not None and v.device != input.device:
-            raise ValueError(
-                f"expected {name} on the input's device, {input.device}; got {v.device}: move both to one device"
-            )
+    device = input.device
+    for v in (weight, bias, running_mean, running_var):
+        if v is not None and not (isinstance(v, Tensor) and v.device == device):
+            vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+            _refuse_vector(next(name for name, vector in vectors.items() if vector is v), v, device)
     check_arguments(input, num_features, weight, bias, running_mean, running_var, momentum, eps)
+
+
+def _refuse_vector(name: str, v: Any, device: torch.device) -> NoReturn:
+    if not isinstance(v, Tensor):
+        raise TypeError(f"expected {name} to be a torch.Tensor or None; got {type(v).__name__}: convert it first")
+    raise ValueError(f"expected {name} on the input's device, {device}; got {v.device}: move both to one device")
+
+
+def _check_autograd(input: Tensor, weight: Tensor | None, bias: Tensor | None, tail: Tail) -> None:
+    """Refuses, with gradients enabled, an input that autograd cannot save or that must not be overwritten."""
+    if input.is_inference() and (
+        (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
+    ):
+        raise ValueError(
+            "expected an input that autograd can save; got an inference tensor: clone it outside inference mode"
+        )
+    if tail.in_place and input.requires_grad and input.is_leaf:
+        raise ValueError(
+            "expected an input that may be overwritten; got a leaf tensor that requires its gradient: use inplace=False"
+        )
+
+
+def _check_residual(residual: Tensor, input: Tensor, tail: Tail) -> None:
+    """Refuses a residual that cannot be added to the normalised input."""
+    if not isinstance(residual, Tensor) or residual.layout != torch.strided:
+        raise TypeError(
+            f"expected residual to be a dense torch.Tensor; got {type(residual).__name__}: convert it first"
+        )
+    if (residual.shape, residual.dtype, residual.device) != (input.shape, input.dtype, input.device):
+        raise ValueError(
+            f"expected a residual of the input's shape, dtype and device, {tuple(input.shape)} {input.dtype} on "
+            f"{input.device}; got {tuple(residual.shape)} {residual.dtype} on {residual.device}: expand or convert it"
+        )
+    if tail.in_place:
+        raise ValueError(
+            "expected no residual in place, for the input could not be recovered; got one: use inplace=False"
+        )

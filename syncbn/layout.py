@@ -12,14 +12,12 @@ Torch tensors and ndarrays are handled alike, through what both have: shape, str
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(NamedTuple):
     """How a batch of one shape maps to (n, c, s) and back.
 
     Attributes:
@@ -33,25 +31,29 @@ class Layout:
     @property
     def strides(self) -> tuple[int, ...]:
         """The strides, in elements, of a dense array of this layout; it is flattened without a copy."""
-        n, c, *spatial = self.shape
-        order = (n, *spatial, c) if self.channels_last else self.shape
-        steps = [math.prod(order[i + 1 :]) for i in range(len(order))]
-        return (steps[0], steps[-1], *steps[1:-1]) if self.channels_last else tuple(steps)
+        _, c, *spatial = self.shape
+        strides, step = [], c if self.channels_last else 1
+        for size in reversed(spatial):
+            strides.append(step)
+            step *= size
+        strides.reverse()
+        return (step, 1, *strides) if self.channels_last else (step * c, step, *strides)
 
     def flatten(self, x: Any) -> Any:
         """Views x, of this layout's shape, as (n, c, s).
 
         A view where the strides of x allow one; a copy otherwise (say, a contiguous dy for a channels-last x).
         """
-        n, c, s = self.shape[0], self.shape[1], math.prod(self.shape[2:])
+        n, c, *spatial = self.shape
+        s = math.prod(spatial)
         x = x.reshape((n, c, s))
         return x.swapaxes(1, 2).reshape((n * s, c, 1)) if self.channels_last else x
 
     def restore(self, y: Any) -> Any:
         """Views y, of shape (n, c, s), in this layout's shape and memory format."""
         if self.channels_last:
-            n, c, s = self.shape[0], self.shape[1], math.prod(self.shape[2:])
-            y = y.reshape((n, s, c)).swapaxes(1, 2)
+            n, c, *spatial = self.shape
+            y = y.reshape((n, math.prod(spatial), c)).swapaxes(1, 2)
         return y.reshape(self.shape)
 
 
@@ -61,7 +63,7 @@ def layout_of(x: Any) -> Layout:
         contiguous, channel_stride = x.is_contiguous(), x.stride(1)
     else:
         contiguous, channel_stride = x.flags.c_contiguous, x.strides[1] // x.itemsize
-    return Layout(tuple(x.shape), channels_last=not contiguous and channel_stride == 1)
+    return Layout(x.shape, channels_last=not contiguous and channel_stride == 1)
 
 
 def check_arguments(
@@ -81,33 +83,46 @@ def check_arguments(
         ValueError: x has fewer than two axes, no channels, or a number of channels that does not fit the vectors; one
             of running_mean and running_var alone is given; eps is not above 0; momentum is not finite.
     """
-    shape = tuple(x.shape)
+    shape = x.shape
     if len(shape) < 2:
         raise ValueError(
-            f"expected an input of at least 2 axes, (N, C, ...); got {len(shape)}, shape {shape}: "
+            f"expected an input of at least 2 axes, (N, C, ...); got {len(shape)}, shape {tuple(shape)}: "
             "reshape it so that axis 1 holds the channels"
         )
-    vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    given = {name: tuple(v.shape) for name, v in vectors.items() if v is not None}
-    expected = next(iter(given.values()), (num_features or shape[1],))
-    for name, got in given.items():
-        if len(got) != 1 or got != expected:
+    expected = None
+    for name, v in (("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var)):
+        if v is None:
+            continue
+        if expected is None:
+            expected = v.shape
+        if v.shape != expected or len(expected) != 1:
             raise ValueError(
-                f"expected weight, bias, running_mean and running_var of one shape, (C,); got {name} of shape {got} "
-                f"for {expected}: was it replaced, or loaded from another layer?"
+                f"expected weight, bias, running_mean and running_var of one shape, (C,); got {name} of shape "
+                f"{tuple(v.shape)} for {tuple(expected)}: was it replaced, or loaded from another layer?"
             )
-    if shape[1] == 0 or (shape[1],) != expected:
+        _check_dtype(name, v.dtype)
+    channels = expected[0] if expected is not None else num_features or shape[1]
+    if shape[1] == 0 or shape[1] != channels:
         raise ValueError(
-            f"expected an input with {expected[0] or 'at least 1'} channels on axis 1; got {shape[1]}, shape {shape}: "
-            "check num_features against the layer before this one"
+            f"expected an input with {channels or 'at least 1'} channels on axis 1; got {shape[1]}, shape "
+            f"{tuple(shape)}: check num_features against the layer before this one"
         )
     if (running_mean is None) != (running_var is None):
         raise ValueError("expected running_mean and running_var, or neither; got one: pass both, or None for both")
-    for name, v in {"an input": x, **vectors}.items():
-        dtype = None if v is None else str(v.dtype).removeprefix("torch.")
-        if dtype is not None and dtype not in FLOATING:
-            raise TypeError(f"expected {name} of dtype {', '.join(FLOATING)}; got {dtype}: convert it first")
+    _check_dtype("an input", x.dtype)
     if not float(eps) > 0:
         raise ValueError(f"expected eps above 0; got {eps}: a channel of equal values would be divided by 0")
     if isinstance(momentum, (str, bytes)) or (isinstance(momentum, float) and not math.isfinite(momentum)):
         raise ValueError(f"expected momentum to be a finite number; got {momentum!r}")
+
+
+_known_dtypes: set[Any] = set()
+
+
+def _check_dtype(name: str, dtype: Any) -> None:
+    if dtype in _known_dtypes:
+        return
+    plain = str(dtype).removeprefix("torch.")
+    if plain not in FLOATING:
+        raise TypeError(f"expected {name} of dtype {', '.join(FLOATING)}; got {plain}: convert it first")
+    _known_dtypes.add(dtype)

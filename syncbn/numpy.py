@@ -10,7 +10,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from . import core
 from .comm import Communicator, LocalCommunicator
-from .kernels import select
+from .kernels import PLAIN, select
 from .layout import Layout, check_arguments, layout_of
 
 Array = NDArray[Any]
@@ -84,7 +84,7 @@ class SyncBatchNorm:
         self.num_batches_tracked: Array | None = np.array(0, np.int64) if track_running_stats else None
         self.grad_weight: Array | None = None
         self.grad_bias: Array | None = None
-        self._saved: tuple[Array, Array | None, Layout, core.Saved, Communicator | None] | None = None
+        self._saved: tuple[Array, Array | None, Layout, Array, Communicator | None] | None = None
 
     def train(self, mode: bool = True) -> SyncBatchNorm:
         """Sets training mode (statistics of the batch, synchronised) and returns the layer."""
@@ -105,21 +105,24 @@ class SyncBatchNorm:
         """
         self._saved = None
         comm = self.comm if self.training else LocalCommunicator()
-        with core.refusing(lambda: np.empty(2 * self.num_features + 1), comm):
+        try:
             self._check(x)
+        except Exception as error:
+            core.refuse(error, np.empty(2 * self.num_features + 1), comm)
         layout = layout_of(x)
         flat = layout.flatten(x)
         y = np.empty(flat.shape, x.dtype)
         kernels = select(flat)
         weight = None if self.weight is None else self.weight.copy()  # backward's, whatever an optimizer does before it
         if self.training or self.running_mean is None:
-            saved = self._normalise_by_batch(flat, y, kernels, comm)
-            self._saved = x, weight, layout, saved, comm
+            running = self._running() if self.training and self.track_running_stats else core.Running()
+            statistics = core.forward(flat, y, weight, self.bias, running, self.eps, kernels, comm)
+            self._saved = x, weight, layout, statistics, comm
         else:
-            saved = core.eval_forward(
+            statistics = core.eval_forward(
                 flat, y, weight, self.bias, self.running_mean, self.running_var, self.eps, kernels
             )
-            self._saved = x, weight, layout, saved, None
+            self._saved = x, weight, layout, statistics, None
         result: Array = layout.restore(y)
         return result
 
@@ -132,16 +135,12 @@ class SyncBatchNorm:
                 raise TypeError(f"expected parameters to be ndarrays or None; got {type(v).__name__}: convert it first")
         check_arguments(x, self.num_features, *vectors, self.momentum, self.eps)
 
-    def _normalise_by_batch(self, flat: Array, y: Array, kernels: Any, comm: Communicator) -> core.Saved:
-        if not (self.training and self.track_running_stats):
-            return core.forward(flat, y, self.weight, self.bias, None, None, 0.0, self.eps, kernels, comm)
-        assert self.num_batches_tracked is not None
-        momentum = 1.0 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum
-        running = self.running_mean, self.running_var
-        saved = core.forward(flat, y, self.weight, self.bias, *running, momentum, self.eps, kernels, comm)
-        # As the running statistics, untouched by a batch that had no variance to take.
-        self.num_batches_tracked += saved.count > 1
-        return saved
+    def _running(self) -> core.Running:
+        batches = self.num_batches_tracked
+        momentum = self.momentum
+        if momentum is None:  # a cumulative average, of which this batch is one part in as many as there are with it
+            momentum = 0.0 if batches is None else 1.0 / (int(batches) + 1)
+        return core.Running(self.running_mean, self.running_var, batches, momentum)
 
     def backward(self, dy: Array) -> Array:
         """Returns dx for the latest forward, and sets grad_weight and grad_bias.
@@ -155,20 +154,22 @@ class SyncBatchNorm:
         """
         if self._saved is None:
             raise RuntimeError("expected backward after forward; got no forward: call forward(x) first")
-        x, weight, layout, saved, comm = self._saved
-        with core.refusing(lambda: np.empty(2 * self.num_features), comm or LocalCommunicator()):
+        x, weight, layout, statistics, comm = self._saved
+        try:
             dy = np.asarray(dy)
             if dy.shape != x.shape:
                 raise ValueError(f"expected dy of forward's shape, {x.shape}; got {dy.shape}: pass the gradient of y")
             if dy.dtype.kind not in "fiu":
                 raise TypeError(f"expected dy of real numbers; got {dy.dtype}: pass the gradient of y")
+        except Exception as error:
+            core.refuse(error, np.empty(2 * self.num_features), comm or LocalCommunicator())
         flat, flat_dy = layout.flatten(x), layout.flatten(dy.astype(x.dtype, copy=False))
         dx = np.empty(flat.shape, x.dtype)
         kernels = select(flat)
         if comm is None:
-            grad_weight, grad_bias = core.eval_backward(flat_dy, flat, dx, weight, saved, kernels)
+            grad_weight, grad_bias = core.eval_backward(flat_dy, flat, dx, weight, None, statistics, kernels)
         else:
-            grad_weight, grad_bias = core.backward(flat_dy, flat, dx, weight, saved, kernels, comm)
+            grad_weight, grad_bias = core.backward(flat_dy, flat, dx, weight, None, statistics, kernels, comm, PLAIN)
         self.grad_weight = None if self.weight is None else grad_weight.astype(self.weight.dtype)
         self.grad_bias = None if self.bias is None else grad_bias.astype(self.bias.dtype)
         result: Array = layout.restore(dx)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from steps import rounded
 
-from syncbn.kernels import aten, cpu, reference, select
+from syncbn.kernels import Tail, aten, cpu, reference, select
 
 SHAPES = [(5, 3, 7), (1, 1, 1), (4, 1, 9), (9, 6, 1), (1, 300, 2), (0, 4, 3), (3, 4, 0), (2, 2, 49)]
 NAMES = ["stats", "combine", "elemt", "backward_reduce", "backward_elemt"]
@@ -20,21 +20,21 @@ SUM = {"rtol": 1e-13, "atol": 1e-13}
 
 @pytest.fixture(params=SHAPES, ids=str)
 def arrays(request):
-    """x, dy, mean, invstd, weight, bias of float32 for one shape, and their torch twins."""
+    """x, dy, weight and bias of float32 for one shape, and statistics."""
     rng = np.random.default_rng(0)
     n, c, s = request.param
     x, dy = rng.standard_normal((2, n, c, s)).astype(np.float32)
-    mean, invstd, weight, bias = rng.uniform(0.5, 1.5, (4, c)).astype(np.float32)
-    return [x, dy, mean.astype(np.float64), invstd, weight, bias]
+    weight, bias = rng.uniform(0.5, 1.5, (2, c)).astype(np.float32)
+    return [x, dy, np.append(rng.uniform(0.5, 1.5, 2 * c), 12.0), weight, bias]
 
 
-def filled(kernel, *arguments):
+def filled(kernel, *arguments, **options):
     """Calls a kernel that writes into an array like its first argument, and returns that."""
     like = arguments[0]
     out = (
         torch.full_like(like, torch.nan) if isinstance(like, torch.Tensor) else np.full(like.shape, np.nan, like.dtype)
     )
-    assert kernel(*arguments, out) is None
+    assert kernel(*arguments, out, **options) is None
     return out
 
 
@@ -100,8 +100,8 @@ def test_select_takes_the_fastest_that_serves(monkeypatch):
 
 @pytest.mark.parametrize("centred", [False, True])
 def test_stats(implementation, arrays, centred):
-    x, _, mean, *_ = arrays
-    center = mean.astype(np.float64) if centred else None
+    x, _, statistics, *_ = arrays
+    center = statistics[: x.shape[1]] if centred else None
     expected = reference.stats(x, center)
     found = implementation.stats(*implementation.arrays(x, center))
     assert found.dtype == implementation.dtype("float64")
@@ -116,37 +116,29 @@ def test_stats_leave_a_float64_input_as_it_is(implementation):
     assert (x == before).all()
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("buffers", ["float16", "float32", "float64", None])
 @pytest.mark.parametrize("center", [None, np.array([0.25, -0.5])])
-def test_combine(implementation, dtype, buffers, center):
+def test_combine(implementation, buffers, center):
     moments = np.array([3.0, 4.0, 9.0, 16.0, 8.0])
     running = [None, None] if buffers is None else [np.array([1, 2], buffers), np.array([3, 4], buffers)]
-    running = implementation.arrays(*running)
-    moments_, center_ = implementation.arrays(moments, center)
-    found = implementation.combine(moments_, center_, implementation.dtype(dtype), *running, 0.25, 1e-3)
-    accumulate = "float64" if dtype == "float64" else "float32"
-    assert [v.dtype for v in found] == [implementation.dtype(name) for name in ("float64", accumulate, "float64")]
+    batches = None if buffers is None else np.array(6)
+    found, center_, batches, *running = implementation.arrays(moments, center, batches, *running)
+    assert implementation.combine(found, center_, *running, batches, 0.25, 1e-3) is None
     mean = (0.0 if center is None else center) + np.array([3, 4]) / 8
     var = np.array([9, 16]) / 8 - (np.array([3, 4]) / 8) ** 2
-    for value, expected, rtol in zip(
-        found,
-        (mean, 1 / np.sqrt(var + 1e-3), 8.0),
-        (1e-15, 2.0**-24 if accumulate == "float32" else 1e-15, 0),
-        strict=True,
-    ):
-        np.testing.assert_allclose(value, expected, rtol=rtol)
+    np.testing.assert_allclose(found, [*mean, *(1 / np.sqrt(var + 1e-3)), 8.0], rtol=1e-15)
     if buffers is not None:
         assert [v.dtype for v in running] == [implementation.dtype(buffers)] * 2
         half = np.finfo(buffers).eps
         np.testing.assert_allclose(running[0], 0.75 * np.array([1, 2]) + 0.25 * mean, rtol=half)
         np.testing.assert_allclose(running[1], 0.75 * np.array([3, 4]) + 0.25 * var * 8 / 7, rtol=half)
+        assert (batches, batches.dtype) == (7, implementation.dtype("int64"))
 
 
 def test_combine_updates_buffers_of_any_strides_and_of_two_dtypes(implementation):
     moments, wide = implementation.arrays(np.array([3.0, 4.0, 9.0, 16.0, 8.0]), np.ones((2, 2), np.float32))
     running_mean, (running_var,) = wide[:, 0], implementation.arrays(np.ones(2, np.float16))
-    implementation.combine(moments, None, implementation.dtype("float32"), running_mean, running_var, 1.0, 0.0)
+    implementation.combine(moments, None, running_mean, running_var, None, 1.0, 0.0)
     np.testing.assert_allclose(wide, [[3 / 8, 1], [4 / 8, 1]])
     np.testing.assert_allclose(running_var, (np.array([9, 16]) / 8 - np.array([9, 16]) / 64) * 8 / 7, rtol=2.0**-11)
 
@@ -154,41 +146,41 @@ def test_combine_updates_buffers_of_any_strides_and_of_two_dtypes(implementation
 @pytest.mark.parametrize("count", [0.0, 1.0, float("nan")])
 def test_combine_leaves_running_statistics_of_no_variance_untouched(implementation, count):
     moments = np.array([2.0, 4.0, count]) if count else np.zeros(3)
-    moments, running_mean, running_var = implementation.arrays(moments, np.array([5.0]), np.array([6.0]))
-    dtype = implementation.dtype("float32")
-    mean, invstd, _ = implementation.combine(moments, None, dtype, running_mean, running_var, 0.5, 1e-5)
-    assert (running_mean.item(), running_var.item()) == (5.0, 6.0)
+    moments, *running = implementation.arrays(moments, np.array([5.0]), np.array([6.0]), np.array(7))
+    implementation.combine(moments, None, *running, 0.5, 1e-5)
+    assert [v.item() for v in running] == [5.0, 6.0, 7]
     if count == count:
-        assert np.isfinite([mean.item(), invstd.item()]).all()
+        assert np.isfinite(np.asarray(moments)).all()
 
 
 def test_combine_never_takes_the_root_of_a_negative_variance(implementation):
     (moments,) = implementation.arrays(np.array([3 * 0.1, 3 * 0.1 * 0.1 * (1 - 1e-15), 3.0]))
-    dtype = implementation.dtype("float32")
-    assert implementation.combine(moments, None, dtype, None, None, 0.1, 1e-12)[1].item() == np.float32(1e6)
+    implementation.combine(moments, None, None, None, None, 0.1, 1e-12)
+    assert moments[1] == pytest.approx(1e6, rel=1e-12)
 
 
 @pytest.mark.parametrize("affine", ["both", "weight", "bias", "neither"])
 def test_elemt(implementation, arrays, affine):
-    x, _, mean, invstd, weight, bias = arrays
+    x, _, statistics, weight, bias = arrays
     weight, bias = weight if affine in ("both", "weight") else None, bias if affine in ("both", "bias") else None
-    expected = filled(reference.elemt, x, mean, invstd, weight, bias)
-    found = filled(implementation.elemt, *implementation.arrays(x, mean, invstd, weight, bias))
+    expected = filled(reference.elemt, x, statistics, weight, bias)
+    found = filled(implementation.elemt, *implementation.arrays(x, statistics, weight, bias))
     np.testing.assert_allclose(found, expected, **ELEMENT)
 
 
 def test_backward_reduce(implementation, arrays):
-    x, dy, mean, *_ = arrays
-    found = implementation.backward_reduce(*implementation.arrays(dy, x, mean))
-    np.testing.assert_allclose(found, reference.backward_reduce(dy, x, mean), **SUM)
+    x, dy, statistics, *_ = arrays
+    found = implementation.backward_reduce(*implementation.arrays(dy, x, statistics), None, None)
+    np.testing.assert_allclose(found, reference.backward_reduce(dy, x, statistics, None, None), **SUM)
 
 
 @pytest.mark.parametrize("affine", [True, False])
 def test_backward_elemt(implementation, arrays, affine):
-    x, dy, mean, invstd, weight, _ = arrays
+    x, dy, statistics, weight, _ = arrays
     sums = np.random.default_rng(1).standard_normal(2 * x.shape[1])
-    for count in (np.array(12.0), np.array(0.0)):
-        arguments = dy, x, mean, invstd, count, weight if affine else None, sums
+    for count in (12.0, 0.0):
+        statistics[-1] = count
+        arguments = dy, x, statistics, weight if affine else None, None, sums
         expected = filled(reference.backward_elemt, *arguments)
         found = filled(implementation.backward_elemt, *implementation.arrays(*arguments))
         np.testing.assert_allclose(found, expected, rtol=2.0**-20, atol=2.0**-20)
@@ -200,14 +192,15 @@ def test_the_rounding_of_the_mean_is_taken_out_of_the_gradient(implementation):
         (rng.standard_normal((50, 2, 3)) + 1e4).astype(np.float32),
         rng.standard_normal((50, 2, 3)).astype(np.float32),
     )
-    mean, invstd, sums = x.astype(np.float64).mean((0, 2)), np.ones(2, np.float32), np.full(2 * 2, 1000.0)
+    mean, sums = x.astype(np.float64).mean((0, 2)), np.full(2 * 2, 1000.0)
     assert (abs(mean - mean.astype(np.float32)) > 1e-5).all()
-    arguments = dy, x, mean, invstd, np.array(150.0), None, sums
+    statistics = np.array([*mean, 1, 1, 150.0])
+    arguments = dy, x, statistics, None, None, sums
     found = filled(implementation.backward_elemt, *implementation.arrays(*arguments))
     # The gradient has terms of 1000 / 150 = 7; without the correction it would be off by 7e-5 or more.
     np.testing.assert_allclose(found, filled(reference.backward_elemt, *arguments), rtol=0, atol=7 * 6 * 2.0**-22)
     expected_sums = [dy.sum((0, 2), np.float64), (dy * (x - mean[:, None])).sum((0, 2))]
-    found_sums = implementation.backward_reduce(*implementation.arrays(dy, x, mean))
+    found_sums = implementation.backward_reduce(*implementation.arrays(dy, x, statistics), None, None)
     np.testing.assert_allclose(found_sums, np.concatenate(expected_sums), **SUM)
 
 
@@ -215,21 +208,19 @@ def test_the_rounding_of_the_mean_is_taken_out_of_the_gradient(implementation):
 def test_results_have_the_inputs_dtype_and_one_rounding(implementation, arrays, dtype):
     if implementation.library == "numpy" and dtype == "bfloat16":
         return  # NumPy has no such dtype
-    x, dy, mean, invstd, weight, bias = arrays
+    x, dy, statistics, weight, bias = arrays
     u = torch.finfo(getattr(torch, dtype)).eps / 2
     x, dy = rounded(x, dtype), rounded(dy, dtype)
     narrow = [torch.from_numpy(v).to(getattr(torch, dtype)) for v in (x, dy)]
     narrow_x, narrow_dy = narrow if implementation.library == "torch" else [v.numpy() for v in narrow]
-    accumulate = "float64" if dtype == "float64" else "float32"
-    invstd = invstd.astype(accumulate)
-    y = filled(implementation.elemt, narrow_x, *implementation.arrays(mean, invstd, weight, bias))
-    sums, count = np.ones(2 * x.shape[1]), np.array(7.0)
-    arguments = implementation.arrays(mean, invstd, count, weight, sums)
+    y = filled(implementation.elemt, narrow_x, *implementation.arrays(statistics, weight, bias))
+    sums = np.ones(2 * x.shape[1])
+    arguments = implementation.arrays(statistics, weight, None, sums)
     dx = filled(implementation.backward_elemt, narrow_dy, narrow_x, *arguments)
     assert y.dtype == dx.dtype == narrow_x.dtype
     for found, expected in (
-        (y, filled(reference.elemt, x, mean, invstd, weight, bias)),
-        (dx, filled(reference.backward_elemt, dy, x, mean, invstd, count, weight, sums)),
+        (y, filled(reference.elemt, x, statistics, weight, bias)),
+        (dx, filled(reference.backward_elemt, dy, x, statistics, weight, None, sums)),
     ):
         found = found.double() if implementation.library == "torch" else found
         np.testing.assert_allclose(found, expected, rtol=u + 1e-6, atol=1e-6)
@@ -240,15 +231,16 @@ def test_results_have_the_inputs_dtype_and_one_rounding(implementation, arrays, 
 def test_cpu_and_aten_give_the_same_bits(shape, dtype):
     torch.manual_seed(0)
     x, dy = (torch.randn(shape).to(getattr(torch, dtype)) for _ in range(2))
-    mean = torch.rand(shape[1], dtype=torch.float64)
-    invstd, weight, bias = torch.rand(3, shape[1], dtype=torch.float64 if dtype == "float64" else torch.float32)
-    sums, count = torch.rand(2 * shape[1], dtype=torch.float64) * x[:, 0].numel(), torch.tensor(float(x[:, 0].numel()))
+    statistics = torch.rand(2 * shape[1] + 1, dtype=torch.float64)
+    statistics[-1] = x[:, 0].numel()
+    weight, bias = torch.rand(2, shape[1], dtype=torch.float64 if dtype == "float64" else torch.float32)
+    sums = torch.rand(2 * shape[1], dtype=torch.float64) * x[:, 0].numel()
     for name, arguments in {
-        "elemt": (x, mean, invstd, weight, bias),
-        "backward_elemt": (dy, x, mean, invstd, count.double(), weight, sums),
+        "elemt": (x, statistics, weight, bias),
+        "backward_elemt": (dy, x, statistics, weight, bias, sums),
     }.items():
         assert torch.equal(*[filled(getattr(kernels, name), *arguments) for kernels in (aten, cpu)]), name
-    for name, arguments in {"stats": (x, None), "backward_reduce": (dy, x, mean)}.items():
+    for name, arguments in {"stats": (x, None), "backward_reduce": (dy, x, statistics, weight, bias)}.items():
         results = [getattr(kernels, name)(*arguments) for kernels in (aten, cpu)]
         torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12 * x.numel())
 
@@ -258,8 +250,8 @@ def test_cpu_and_aten_give_the_same_bits(shape, dtype):
 def test_cpu_kernels_keep_nan_and_infinity(value, dtype):
     x = torch.ones(2, 3, 40).to(getattr(torch, dtype))
     x[0, 1, 7] = x[1, 1, 39] = value
-    vector, mean = torch.ones(3), torch.ones(3, dtype=torch.float64)
-    y, expected = (filled(kernels.elemt, x, mean, vector, vector, vector) for kernels in (cpu, aten))
+    vector, statistics = torch.ones(3), torch.ones(7, dtype=torch.float64)
+    y, expected = (filled(kernels.elemt, x, statistics, vector, vector) for kernels in (cpu, aten))
     torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
     assert not torch.isfinite(y[0, 1, 7])
     assert torch.isfinite(y[:, ::2]).all()
@@ -269,7 +261,7 @@ def test_cpu_kernels_keep_nan_and_infinity(value, dtype):
 @pytest.mark.parametrize("make", ["strided", "fortran", "readonly", "misaligned", "negative"])
 def test_cpu_kernels_take_every_ndarray(make):
     plain = np.random.default_rng(0).standard_normal((4, 3, 6)).astype(np.float32)
-    vector, mean = np.ones(3, np.float32), np.ones(3)
+    statistics = np.ones(7)
     x = {
         "strided": lambda: np.repeat(plain, 2, 2)[:, :, ::2],
         "fortran": lambda: np.asfortranarray(plain),
@@ -278,9 +270,9 @@ def test_cpu_kernels_take_every_ndarray(make):
         "negative": lambda: np.flip(np.flip(plain, (0, 2)).copy(), (0, 2)),
     }[make]()
     np.testing.assert_array_equal(x, plain)
-    np.testing.assert_array_equal(filled(cpu.elemt, x, mean, vector, None, None), plain - 1)
+    np.testing.assert_array_equal(filled(cpu.elemt, x, statistics, None, None), plain - 1)
     y = np.zeros((3, 8, 6), np.float32).swapaxes(0, 1)[::2]
-    cpu.elemt(x, mean, vector, None, None, y)
+    cpu.elemt(x, statistics, None, None, y)
     np.testing.assert_array_equal(y, plain - 1)
     np.testing.assert_allclose(cpu.stats(x, None), reference.stats(plain, None), **SUM)
 
@@ -298,12 +290,17 @@ def test_temporaries_do_not_grow_with_the_input():
 
     aten._TILE_CPU = 1 << 10
     x = torch.randn(4, 16, 4096)
-    vector, out = torch.ones(16), torch.empty_like(x)
+    vector, statistics, out = torch.ones(16), torch.ones(33, dtype=torch.float64), torch.empty_like(x)
     for call in (
         lambda: aten.stats(x, None),
-        lambda: aten.elemt(x, vector, vector, vector, vector, out),
-        lambda: aten.backward_reduce(x, x, vector),
-        lambda: aten.backward_elemt(x, x, vector, vector, torch.tensor(9.0), vector, torch.ones(32), out),
+        lambda: aten.elemt(x, statistics, vector, vector, out),
+        lambda: aten.elemt(x, statistics, vector, vector, out, Tail("silu"), x),
+        lambda: aten.backward_reduce(x, x, statistics, vector, vector),
+        lambda: aten.backward_reduce(x, x, statistics, vector, vector, Tail("silu"), x, out),
+        lambda: aten.backward_elemt(x, x, statistics, vector, vector, torch.ones(32), out),
+        lambda: aten.backward_elemt(
+            x, x, statistics, vector, vector, torch.ones(32), out, Tail("leaky_relu", 0.1, True)
+        ),
     ):
         sizes = []
         with Largest():

@@ -24,7 +24,7 @@ ALLOWED = {
     "comm": {"comm"},
     "functional": {"core", "layout", "kernels", "comm"},
     "numpy": {"core", "layout", "kernels", "comm"},
-    "nn": {"nn", "functional", "core", "comm"},
+    "nn": {"nn", "functional", "kernels", "core", "comm"},
 }
 
 

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from . import PLAIN, Tail, weight_floor
+
 # Elements per tile: on a CPU a float64 copy then takes 1 MiB, within a core's cache; an accelerator wants few launches.
 _TILE_CPU = 1 << 17
 _TILE_ACCELERATOR = 1 << 24
@@ -52,10 +54,6 @@ class _ChannelSums:
             self.parts.clear()
 
 
-def _accumulate(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def stats(x: Tensor, center: Tensor | None) -> Tensor:
     """Sums, sums of squares and the count of one rank's x. See the package's contract."""
     n, c, s = x.shape
@@ -76,74 +74,164 @@ def stats(x: Tensor, center: Tensor | None) -> Tensor:
 def combine(
     moments: Tensor,
     center: Tensor | None,
-    dtype: torch.dtype,
     running_mean: Tensor | None,
     running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
     momentum: float | Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, invstd and count from the moments of all ranks, without reading any on the host. See the contract."""
+) -> None:
+    """Mean, invstd and count from the moments of all ranks, in place, without reading any on the host.
+
+    See the package's contract.
+    """
     c = len(moments) // 2
-    count = moments[-1].clone()
+    count = moments[-1]
     n = count.clamp(min=1)
     offset = moments[:c] / n
     mean = offset if center is None else center + offset
     # clamp: rounding may leave a tiny negative difference where all elements are equal.
     var = (moments[c:-1] / n - offset * offset).clamp(min=0)
-    invstd = (var + eps).rsqrt()
+    moments[:c], moments[c:-1] = mean, (var + eps).rsqrt()
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(count > 1)
     if running_mean is not None and running_var is not None:
         unbiased = var * (count / (count - 1).clamp(min=1))
         # where, not a factor of 0: with count < 2 (or a refused rank's NaN) nothing may be written, NaN included.
         for running, batch in ((running_mean, mean), (running_var, unbiased)):
             updated = running + momentum * (batch - running)
             running.copy_(torch.where(count > 1, updated, running))
-    return mean, invstd.to(_accumulate(dtype)), count
 
 
-def elemt(x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor) -> None:
-    """The result: y = (x - mean) * (invstd * weight) + bias. See the package's contract."""
-    mean = mean.to(invstd.dtype)
-    scale = invstd if weight is None else invstd * weight
+def elemt(
+    x: Tensor,
+    statistics: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
+    tail: Tail = PLAIN,
+    residual: Tensor | None = None,
+) -> None:
+    """The result: y = activation((x - mean) * (invstd * weight) + bias + residual). See the package's contract."""
+    affine = _Affine(x, statistics, weight, bias, tail)
     for tile in _tiles(x):
-        channels = tile[1], None
-        t = x[tile] - mean[channels]
-        t *= scale[channels]
-        if bias is not None:
-            t += bias[channels]
-        y[tile] = t
+        z = affine.forward(x[tile] - affine.mean[tile[1], None], tile[1])
+        if residual is not None:
+            z += residual[tile]
+        y[tile] = _activate(z, tail)
 
 
-def backward_reduce(dy: Tensor, x: Tensor, mean: Tensor) -> Tensor:
-    """Sums of dy and of dy * (x - mean) of one rank. See the package's contract."""
+def backward_reduce(
+    dy: Tensor,
+    x: Tensor,
+    statistics: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    tail: Tail = PLAIN,
+    gate: Tensor | None = None,
+    g: Tensor | None = None,
+) -> Tensor:
+    """Sums of g and of g * (x - mean) of one rank. See the package's contract."""
     c = x.shape[1]
     sums = torch.zeros(2 * c, dtype=torch.float64, device=x.device)
     sum_dy, sum_dy_xmu = _ChannelSums(sums[:c]), _ChannelSums(sums[c:])
+    affine = _Affine(x, statistics, weight, bias, tail)
     for tile in _tiles(x):
-        g = dy[tile].double()
-        sum_dy.add(tile[1], g)
-        sum_dy_xmu.add(tile[1], g * (x[tile] - mean[tile[1], None]))
+        gradient, xmu = _differentiate(dy, x, affine, tail, gate, tile)
+        if g is not None:
+            g[tile] = gradient
+        wide = gradient.double()
+        # In place, what is recovered is x minus the rounded mean.
+        xmu = xmu.double() + affine.excess[tile[1], None] if tail.in_place else x[tile] - statistics[:c][tile[1], None]
+        sum_dy.add(tile[1], wide)
+        sum_dy_xmu.add(tile[1], wide * xmu)
     sum_dy.finish()
     sum_dy_xmu.finish()
     return sums
 
 
 def backward_elemt(
-    dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, count: Tensor, weight: Tensor | None, sums: Tensor, dx: Tensor
+    dy: Tensor,
+    x: Tensor,
+    statistics: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sums: Tensor,
+    dx: Tensor,
+    tail: Tail = PLAIN,
 ) -> None:
-    """The gradient: dx = weight * invstd * (dy - sum_dy / N - (x - mean) * invstd^2 * sum_dy_xmu / N)."""
+    """The gradient: dx = weight * invstd * (g - sum_g / N - (x - mean) * invstd^2 * sum_g_xmu / N)."""
     c = x.shape[1]
-    n = count.clamp(min=1)
-    rounded_mean = mean.to(invstd.dtype)
-    slope = sums[c:] / n * invstd.double().square()
+    n = statistics[-1].clamp(min=1)
+    affine = _Affine(x, statistics, weight, bias, tail)
+    slope = sums[c:] / n * statistics[c:-1].square()
     # What the rounding of the mean adds to x - mean goes, times slope, into the constant term.
-    mean_dy = (sums[:c] / n - (mean - rounded_mean) * slope).to(invstd.dtype)
-    slope = slope.to(invstd.dtype)
-    scale = invstd if weight is None else invstd * weight
+    mean_dy = (sums[:c] / n + affine.excess * slope).to(affine.mean.dtype)
+    slope = slope.to(affine.mean.dtype)
     for tile in _tiles(x):
         channels = tile[1], None
-        t = x[tile] - rounded_mean[channels]
-        t *= slope[channels]
-        t = dy[tile] - t
+        g, xmu = _differentiate(dy, x, affine, tail, None, tile)
+        t = g - xmu * slope[channels]
         t -= mean_dy[channels]
-        t *= scale[channels]
+        t *= affine.scale[channels]
         dx[tile] = t
+
+
+class _Affine:
+    """Constants per channel, rounded to the accumulate dtype: mean, scale = invstd * weight, bias.
+
+    `excess` is what the rounded mean is above the exact one, in float64.
+    """
+
+    def __init__(self, x: Tensor, statistics: Tensor, weight: Tensor | None, bias: Tensor | None, tail: Tail) -> None:
+        c = x.shape[1]
+        accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+        scale = statistics[c:-1]
+        if weight is not None:
+            weight = weight.double()
+            if tail.in_place:
+                floor = weight_floor(x.dtype)
+                weight = torch.where(weight.abs() < floor, floor * (1 - 2.0 * (weight < 0)), weight)
+            scale = scale * weight
+        self.mean, self.scale = statistics[:c].to(accumulate), scale.to(accumulate)
+        self.bias = None if bias is None else bias.to(accumulate)
+        self.excess = self.mean.double() - statistics[:c]
+
+    def forward(self, xmu: Tensor, channels: slice) -> Tensor:
+        z = xmu * self.scale[channels, None]
+        if self.bias is not None:
+            z += self.bias[channels, None]
+        return z
+
+    def inverse(self, z: Tensor, channels: slice) -> Tensor:
+        if self.bias is not None:
+            z = z - self.bias[channels, None]
+        return z * (1 / self.scale.double()).to(self.scale.dtype)[channels, None]
+
+
+def _differentiate(
+    dy: Tensor, x: Tensor, affine: _Affine, tail: Tail, gate: Tensor | None, tile: tuple[slice, slice, slice]
+) -> tuple[Tensor, Tensor]:
+    """Returns g, the gradient of z, and x - mean for the rounded mean, of a tile and in the accumulate dtype."""
+    g, v = dy[tile].to(affine.mean.dtype), x[tile].to(affine.mean.dtype)
+    if tail.in_place:
+        slope = 1.0 if tail.activation == "none" else tail.slope
+        return torch.where(v > 0, g, g * slope), affine.inverse(torch.where(v < 0, v * (1 / slope), v), tile[1])
+    xmu = v - affine.mean[tile[1], None]
+    if tail.activation == "none":
+        return g, xmu
+    if tail.activation == "silu":
+        z = affine.forward(xmu, tile[1])
+        if gate is not None:
+            z += gate[tile]
+        p = z.sigmoid()
+        return g * (p * (1 + z * (1 - p))), xmu
+    z = affine.forward(xmu, tile[1]) if gate is None else gate[tile]
+    return torch.where(z > 0, g, g * tail.slope if tail.slope else 0.0), xmu
+
+
+def _activate(z: Tensor, tail: Tail) -> Tensor:
+    if tail.activation == "silu":
+        return torch.nn.functional.silu(z)
+    if tail.activation == "none":
+        return z
+    return torch.where(z < 0, z * tail.slope if tail.slope else 0.0, z)

@@ -8,12 +8,25 @@ picks one at load. Element-wise results are the same bits as the aten kernels'.
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 from typing import Any
 
 import numpy as np
 
-_DTYPES = {"float64": 0, "float32": 1, "bfloat16": 2, "float16": 3}
+from . import PLAIN, Tail, weight_floor
+
+
+class _Codes(dict[Any, int]):
+    """The library's number of each dtype, torch's and NumPy's, looked up by its name when first seen."""
+
+    def __missing__(self, dtype: Any) -> int:
+        return self.setdefault(dtype, _NAMES.index(str(dtype).removeprefix("torch.")))
+
+
+_NAMES = ("float64", "float32", "bfloat16", "float16")
+_CODES = _Codes()
+_ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 1, "silu": 2}
 
 
 def _load() -> ctypes.CDLL | None:
@@ -24,15 +37,15 @@ def _load() -> ctypes.CDLL | None:
         return None
     library = ctypes.CDLL(spec.origin)
     pointer, integer, size, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_double
-    shape = [size] * 3
+    shape, tail = [size] * 3, [integer, real, real]
     library.syncbn_isa.restype = ctypes.c_char_p
     for name, arguments in {
         "isa": [],
         "stats": [integer, pointer, *shape, pointer, pointer],
-        "combine": [pointer, pointer, size, integer, pointer, pointer, integer, pointer, pointer, real, real],
-        "elemt": [integer, pointer, pointer, *shape, *[pointer] * 4],
-        "backward_reduce": [integer, pointer, pointer, *shape, pointer, pointer],
-        "backward_elemt": [integer, *[pointer] * 3, *shape, *[pointer] * 5],
+        "combine": [pointer, pointer, size, integer, *[pointer] * 3, real, real],
+        "elemt": [integer, *[pointer] * 3, *shape, *[pointer] * 3, *tail],
+        "backward_reduce": [integer, *[pointer] * 4, *shape, *[pointer] * 4, *tail],
+        "backward_elemt": [integer, *[pointer] * 3, *shape, *[pointer] * 4, *tail],
     }.items():
         getattr(library, f"syncbn_{name}").argtypes = arguments
     return library
@@ -53,95 +66,120 @@ def serves(x: Any) -> bool:
 
 def stats(x: Any, center: Any) -> Any:
     """Sums, sums of squares and the count of one rank's x. See the package's contract."""
-    x = _dense(x)
-    moments = _empty(x, 2 * x.shape[1] + 1, "float64")
-    _library.syncbn_stats(_dtype(x), _address(x), *x.shape, _address(center), _address(moments))
+    (x,) = _dense(x)
+    moments = _empty(x, 2 * x.shape[1] + 1)
+    of_x, *vectors = _addresses(x, center, moments)
+    _library.syncbn_stats(_CODES[x.dtype], of_x, *x.shape, *vectors)
     return moments
 
 
 def combine(
-    moments: Any, center: Any, dtype: Any, running_mean: Any, running_var: Any, momentum: Any, eps: float
-) -> tuple[Any, Any, Any]:
-    """Mean, invstd and count from the moments of all ranks. See the package's contract."""
-    c = len(moments) // 2
-    accumulate = "float64" if _name(dtype) == "float64" else "float32"
-    mean, invstd = _empty(moments, c, "float64"), _empty(moments, c, accumulate)
-    running = [v for v in (running_mean, running_var) if v is not None]
-    # What the library updates in place: the buffers themselves where they are as it expects them.
-    plain = all(_is_dense(v) and v.dtype == running_mean.dtype for v in running)
-    updated = running if plain else [_vector(v, "float64") for v in running]
-    buffers = (_dtype(updated[0]), *map(_address, updated)) if updated else (0, None, None)
-    center = None if center is None else _vector(center, "float64")
-    outputs = _DTYPES[accumulate], _address(mean), _address(invstd)
-    _library.syncbn_combine(_address(moments), _address(center), c, *outputs, *buffers, float(momentum), eps)
-    if not plain:
-        running_mean[...], running_var[...] = updated
-    return mean, invstd, moments[-1:].reshape(())
+    moments: Any,
+    center: Any,
+    running_mean: Any,
+    running_var: Any,
+    num_batches_tracked: Any,
+    momentum: Any,
+    eps: float,
+) -> None:
+    """Mean, invstd and count from the moments of all ranks, in place. See the package's contract."""
+    mean, var, code = running_mean, running_var, 0
+    if mean is not None:
+        # What the library updates in place: the buffers themselves where they are as it expects them.
+        mean, var = _dense(mean, var)
+        if mean.dtype != var.dtype:
+            mean, var = _cast(mean, "float64"), _cast(var, "float64")
+        code = _CODES[mean.dtype]
+    of_moments, of_center, *buffers = _addresses(moments, center, mean, var, num_batches_tracked)
+    _library.syncbn_combine(of_moments, of_center, len(moments) // 2, code, *buffers, float(momentum), eps)
+    if mean is not running_mean:
+        running_mean[...] = mean
+    if var is not running_var:
+        running_var[...] = var
 
 
-def elemt(x: Any, mean: Any, invstd: Any, weight: Any, bias: Any, y: Any) -> None:
-    """The result: y = (x - mean) * (invstd * weight) + bias. See the package's contract."""
-    x, out = _dense(x), _dense(y)
-    vectors = mean, invstd, _vector(weight, _name(invstd.dtype)), _vector(bias, _name(invstd.dtype))
-    _library.syncbn_elemt(_dtype(x), _address(x), _address(out), *x.shape, *map(_address, vectors))
+def elemt(x: Any, statistics: Any, weight: Any, bias: Any, y: Any, tail: Tail = PLAIN, residual: Any = None) -> None:
+    """The result: y = activation((x - mean) * (invstd * weight) + bias + residual). See the package's contract."""
+    x, residual, out, weight, bias = _dense(x, residual, y, *_parameters(x, weight, bias))
+    addresses = _addresses(x, residual, out, statistics, weight, bias)
+    _library.syncbn_elemt(_CODES[x.dtype], *addresses[:3], *x.shape, *addresses[3:], *_tail(x, tail))
     if out is not y:
         y[...] = out
 
 
-def backward_reduce(dy: Any, x: Any, mean: Any) -> Any:
-    """Sums of dy and of dy * (x - mean) of one rank. See the package's contract."""
-    dy, x = _dense(dy), _dense(x)
-    sums = _empty(x, 2 * x.shape[1], "float64")
-    _library.syncbn_backward_reduce(_dtype(x), _address(dy), _address(x), *x.shape, _address(mean), _address(sums))
+def backward_reduce(
+    dy: Any,
+    x: Any,
+    statistics: Any,
+    weight: Any,
+    bias: Any,
+    tail: Tail = PLAIN,
+    gate: Any = None,
+    g: Any = None,
+) -> Any:
+    """Sums of g and of g * (x - mean) of one rank. See the package's contract."""
+    dy, x, gate, out, weight, bias = _dense(dy, x, gate, g, *_parameters(x, weight, bias))
+    sums = _empty(x, 2 * x.shape[1])
+    addresses = _addresses(dy, x, gate, out, statistics, weight, bias, sums)
+    _library.syncbn_backward_reduce(_CODES[x.dtype], *addresses[:4], *x.shape, *addresses[4:], *_tail(x, tail))
+    if out is not g:
+        g[...] = out
     return sums
 
 
-def backward_elemt(dy: Any, x: Any, mean: Any, invstd: Any, count: Any, weight: Any, sums: Any, dx: Any) -> None:
-    """The gradient: dx = weight * invstd * (dy - sum_dy / N - (x - mean) * invstd^2 * sum_dy_xmu / N)."""
-    dy, x, out = _dense(dy), _dense(x), _dense(dx)
-    vectors = mean, invstd, count, _vector(weight, _name(invstd.dtype)), sums
-    _library.syncbn_backward_elemt(_dtype(x), *map(_address, (dy, x, out)), *x.shape, *map(_address, vectors))
+def backward_elemt(
+    dy: Any, x: Any, statistics: Any, weight: Any, bias: Any, sums: Any, dx: Any, tail: Tail = PLAIN
+) -> None:
+    """The gradient: dx = weight * invstd * (g - sum_g / N - (x - mean) * invstd^2 * sum_g_xmu / N)."""
+    dy, x, out, weight, bias = _dense(dy, x, dx, *_parameters(x, weight, bias))
+    addresses = _addresses(dy, x, out, statistics, weight, bias, sums)
+    _library.syncbn_backward_elemt(_CODES[x.dtype], *addresses[:3], *x.shape, *addresses[3:], *_tail(x, tail))
     if out is not dx:
         dx[...] = out
 
 
-def _name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
+def _addresses(*arrays: Any) -> list[int | None]:
+    """Returns the arrays' addresses, null for None. They are valid as long as the caller holds the arrays."""
+    if isinstance(arrays[0], np.ndarray):
+        return [None if x is None else x.ctypes.data for x in arrays]
+    return [None if x is None else x.data_ptr() for x in arrays]
 
 
-def _dtype(x: Any) -> int:
-    return _DTYPES[_name(x.dtype)]
+def _dense(*arrays: Any) -> list[Any]:
+    """Returns each array, or a copy in C order where it has other strides or a misaligned address; None for None."""
+    if isinstance(arrays[0], np.ndarray):
+        return [None if x is None else np.require(x, requirements=("C", "A")) for x in arrays]
+    return [None if x is None else x.contiguous() for x in arrays]
 
 
-def _address(x: Any) -> int | None:
-    if x is None:
-        return None
-    return x.ctypes.data if isinstance(x, np.ndarray) else x.data_ptr()
+def _parameters(x: Any, *vectors: Any) -> list[Any]:
+    """Returns weight and bias in the accumulate dtype of x, None for None."""
+    code = min(_CODES[x.dtype], 1)
+    return [v if v is None or _CODES[v.dtype] == code else _cast(v, _NAMES[code]) for v in vectors]
 
 
-def _is_dense(x: Any) -> bool:
-    return x.flags.carray if isinstance(x, np.ndarray) else x.is_contiguous()
+def _tail(x: Any, tail: Tail) -> tuple[int, float, float]:
+    return _ACTIVATIONS[tail.activation], tail.slope, weight_floor(x.dtype) if tail.in_place else 0.0
 
 
-def _dense(x: Any) -> Any:
-    """Returns x, or a copy in C order where x has other strides or a misaligned address."""
-    return np.require(x, requirements=("C", "A")) if isinstance(x, np.ndarray) else x.contiguous()
-
-
-def _vector(v: Any, dtype: str) -> Any:
-    """Returns v in that dtype and C order, or None for None."""
-    if v is None or (_name(v.dtype) == dtype and _is_dense(v)):
-        return v
+def _cast(v: Any, name: str) -> Any:
+    """Returns a copy of v of that dtype."""
     if isinstance(v, np.ndarray):
-        return np.ascontiguousarray(v, dtype)
+        return v.astype(name)
     import torch
 
-    return v.detach().to(getattr(torch, dtype)).contiguous()
+    return v.detach().to(getattr(torch, name))
 
 
-def _empty(like: Any, length: int, dtype: str) -> Any:
+def _empty(like: Any, length: int) -> Any:
+    """Returns a float64 vector of like's library."""
     if isinstance(like, np.ndarray):
-        return np.empty(length, dtype)
+        return np.empty(length)
+    return like.new_empty(length, dtype=_float64())
+
+
+@functools.cache
+def _float64() -> Any:
     import torch
 
-    return torch.empty(length, dtype=getattr(torch, dtype))
+    return torch.float64

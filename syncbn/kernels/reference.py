@@ -26,6 +26,11 @@ The two sums run over all ranks. Pulling weight and invstd out of them, with xmu
 
     dL/dweight = sum(dy * xhat) = sum_dy_xmu * invstd        dL/dbias = sum_dy
 
+Tail. With y = activation(z), z = xhat * weight + bias + residual, all of this holds with g = dy * activation'(z), the
+gradient of z (and of residual), in dy's place. In place, y has overwritten x, and x - mean is recovered as
+
+    xmu = (activation^-1(y) - bias) / (invstd * weight).
+
 References:
     S. Ioffe, C. Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167, section 3.
     T. Chan, G. Golub, R. LeVeque, "Algorithms for computing the sample variance", 1983 (on the cancellation).
@@ -38,11 +43,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from . import PLAIN, Tail, weight_floor
+
 Array = NDArray[Any]
 
 
 def _row(v: Array) -> Array:
-    """(c,) -> (1, c, 1) float64, to meet an (n, c, s) array."""
+    """(c,) -> (c, 1) float64, to meet an (n, c, s) array."""
     return v.astype(np.float64)[:, None]
 
 
@@ -67,16 +74,18 @@ def stats(x: Array, center: Array | None) -> Array:
 def combine(
     moments: Array,
     center: Array | None,
-    dtype: Any,
     running_mean: Array | None,
     running_var: Array | None,
+    num_batches_tracked: Array | None,
     momentum: float,
     eps: float,
-) -> tuple[Array, Array, Array]:
-    """Mean, invstd and count from the moments of all ranks. See the package's contract.
+) -> None:
+    """Mean, invstd and count from the moments of all ranks, in place. See the package's contract.
 
-    >>> combine(np.array([4.0, 10.0, 2.0]), None, np.dtype(np.float32), None, None, 0.1, 0.0)
-    (array([2.]), array([1.], dtype=float32), array(2.))
+    >>> v = np.array([4.0, 10.0, 2.0])
+    >>> combine(v, None, None, None, None, 0.1, 0.0)
+    >>> v
+    array([2., 1., 2.])
     """
     c = len(moments) // 2
     count = moments[-1]
@@ -85,35 +94,122 @@ def combine(
     mean = offset if center is None else center + offset
     # max: rounding may leave a tiny negative difference where all elements are equal.
     var = np.maximum(moments[c:-1] / n - offset * offset, 0.0)
-    invstd = 1.0 / np.sqrt(var + eps)
-    if running_mean is not None and running_var is not None and count > 1:
+    moments[:c], moments[c:-1] = mean, 1.0 / np.sqrt(var + eps)
+    if not count > 1:
+        return
+    if num_batches_tracked is not None:
+        num_batches_tracked += 1
+    if running_mean is not None and running_var is not None:
         unbiased = var * (count / (count - 1))
         running_mean[...] = running_mean + momentum * (mean - running_mean)
         running_var[...] = running_var + momentum * (unbiased - running_var)
-    accumulate = np.float64 if dtype == np.float64 else np.float32
-    return mean, invstd.astype(accumulate), np.array(count)
 
 
-def elemt(x: Array, mean: Array, invstd: Array, weight: Array | None, bias: Array | None, y: Array) -> None:
-    """The result: y = (x - mean) * (invstd * weight) + bias. See the package's contract."""
-    y[...] = (x - _row(mean)) * _scale(invstd, weight) + (0.0 if bias is None else _row(bias))
+def elemt(
+    x: Array,
+    statistics: Array,
+    weight: Array | None,
+    bias: Array | None,
+    y: Array,
+    tail: Tail = PLAIN,
+    residual: Array | None = None,
+) -> None:
+    """The result: y = activation((x - mean) * (invstd * weight) + bias + residual). See the package's contract."""
+    c = x.shape[1]
+    z = (x - _row(statistics[:c])) * _scale(x, statistics, weight, tail) + (0.0 if bias is None else _row(bias))
+    y[...] = _forward(z if residual is None else z + residual, tail)
 
 
-def backward_reduce(dy: Array, x: Array, mean: Array) -> Array:
-    """Sums of dy and of dy * (x - mean) of one rank. See the package's contract."""
-    dy = dy.astype(np.float64)
-    return np.concatenate([_channel_sums(dy), _channel_sums(dy * (x - _row(mean)))])
+def backward_reduce(
+    dy: Array,
+    x: Array,
+    statistics: Array,
+    weight: Array | None,
+    bias: Array | None,
+    tail: Tail = PLAIN,
+    gate: Array | None = None,
+    g: Array | None = None,
+) -> Array:
+    """Sums of g and of g * (x - mean) of one rank. See the package's contract."""
+    gradient, xmu = _differentiate(dy, x, statistics, weight, bias, tail, gate)
+    if g is not None:
+        g[...] = gradient
+    return np.concatenate([_channel_sums(gradient), _channel_sums(gradient * xmu)])
 
 
 def backward_elemt(
-    dy: Array, x: Array, mean: Array, invstd: Array, count: Array, weight: Array | None, sums: Array, dx: Array
+    dy: Array,
+    x: Array,
+    statistics: Array,
+    weight: Array | None,
+    bias: Array | None,
+    sums: Array,
+    dx: Array,
+    tail: Tail = PLAIN,
 ) -> None:
-    """The gradient: dx = weight * invstd * (dy - sum_dy / N - (x - mean) * invstd^2 * sum_dy_xmu / N)."""
+    """The gradient: dx = weight * invstd * (g - sum_g / N - (x - mean) * invstd^2 * sum_g_xmu / N)."""
     c = x.shape[1]
-    n = np.maximum(count, 1)
-    mean_dy, slope = _row(sums[:c] / n), _row(sums[c:] / n * np.square(invstd, dtype=np.float64))
-    dx[...] = (dy - mean_dy - (x - _row(mean)) * slope) * _scale(invstd, weight)
+    n = np.maximum(statistics[-1], 1)
+    g, xmu = _differentiate(dy, x, statistics, weight, bias, tail, None)
+    mean_dy, slope = _row(sums[:c] / n), _row(sums[c:] / n * np.square(statistics[c:-1]))
+    dx[...] = (g - mean_dy - xmu * slope) * _scale(x, statistics, weight, tail)
 
 
-def _scale(invstd: Array, weight: Array | None) -> Array:
-    return _row(invstd) if weight is None else _row(invstd) * _row(weight)
+def _scale(x: Array, statistics: Array, weight: Array | None, tail: Tail) -> Array:
+    """Returns invstd * weight, (c, 1)."""
+    invstd = _row(statistics[x.shape[1] : -1])
+    if weight is None:
+        return invstd
+    floor = weight_floor(x.dtype) if tail.in_place else 0.0
+    w = _row(weight)
+    return invstd * np.where(abs(w) < floor, np.where(w < 0, -floor, floor), w)
+
+
+def _differentiate(
+    dy: Array,
+    x: Array,
+    statistics: Array,
+    weight: Array | None,
+    bias: Array | None,
+    tail: Tail,
+    gate: Array | None,
+) -> tuple[Array, Array]:
+    """Returns g, the gradient of z, and x - mean."""
+    scale, shift = _scale(x, statistics, weight, tail), 0.0 if bias is None else _row(bias)
+    if tail.in_place:
+        z = np.where(x < 0, x / _slope(tail), x)
+        return _backward(dy, z, tail), (z - shift) / scale
+    xmu = x - _row(statistics[: x.shape[1]])
+    z = xmu * scale + shift
+    if gate is not None:
+        z = z + gate if tail.activation == "silu" else gate
+    return _backward(dy, z, tail), xmu
+
+
+def _slope(tail: Tail) -> float:
+    """Returns the activation's slope below 0."""
+    return {"none": 1.0, "relu": 0.0, "leaky_relu": tail.slope}[tail.activation]
+
+
+def _forward(z: Array, tail: Tail) -> Array:
+    y: Array
+    if tail.activation == "silu":
+        y = z * _sigmoid(z)
+        return y
+    y = np.where(z < 0, 0.0 if _slope(tail) == 0 else z * _slope(tail), z)
+    return y
+
+
+def _backward(dy: Array, z: Array, tail: Tail) -> Array:
+    dy = dy.astype(np.float64)
+    g: Array
+    if tail.activation == "silu":
+        g = dy * _sigmoid(z) * (1 + z * (1 - _sigmoid(z)))
+        return g
+    g = np.where(z > 0, dy, 0.0 if _slope(tail) == 0 else dy * _slope(tail))
+    return g
+
+
+def _sigmoid(z: Array) -> Array:
+    p: Array = 1 / (1 + np.exp(-np.clip(z, -700, 700, dtype=np.float64)))
+    return p

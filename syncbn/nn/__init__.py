@@ -3,5 +3,6 @@
 from .convert import convert_sync_batchnorm, revert_sync_batchnorm
 from .layer import SyncBatchNorm
 from .loss import scale_loss
+from .norm_act import SyncBatchNormAct
 
-__all__ = ["SyncBatchNorm", "convert_sync_batchnorm", "revert_sync_batchnorm", "scale_loss"]
+__all__ = ["SyncBatchNorm", "SyncBatchNormAct", "convert_sync_batchnorm", "revert_sync_batchnorm", "scale_loss"]

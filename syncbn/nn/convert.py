@@ -18,7 +18,9 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..comm import as_communicator
+from .fuse import fuse_activations, tail_of_fused, unfuse_activations
 from .layer import GroupHandle, SyncBatchNorm
+from .norm_act import norm_act
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -48,7 +50,7 @@ _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, Batc
 _NORM_ACT = ("BatchNormAct2d", "SyncBatchNormAct")
 
 
-def convert_sync_batchnorm(module: M, process_group: Any = None) -> M:
+def convert_sync_batchnorm(module: M, process_group: Any = None, fuse: bool = False) -> M:
     """Turns every BatchNorm layer of a model into a syncbn.SyncBatchNorm, in place.
 
     Layers are the same objects afterwards, with another class: hooks, custom attributes, sharing, training mode and
@@ -60,6 +62,10 @@ def convert_sync_batchnorm(module: M, process_group: Any = None) -> M:
         module: the model; it may be a BatchNorm layer itself.
         process_group: of every converted layer, and of every SyncBatchNorm already there; see syncbn.SyncBatchNorm.
             None leaves the groups that torch.nn.SyncBatchNorm and syncbn.SyncBatchNorm layers have.
+        fuse: whether layers also take over the activation behind them (ReLU, LeakyReLU or SiLU), as
+            syncbn.SyncBatchNormAct: in an nn.Sequential, where an identity takes the activation's place, and in timm's
+            BatchNormAct2d. Layers with hooks are not fused. It is for models that run a Sequential as a whole: one that
+            takes the result of a BatchNorm layer out of it gets the activated one.
 
     Returns:
         module.
@@ -77,13 +83,7 @@ def convert_sync_batchnorm(module: M, process_group: Any = None) -> M:
     """
     if process_group is not None:
         as_communicator(process_group)
-    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)}
-    lazy = [_name(name, layer) for name, layer in layers.items() if isinstance(layer, LazyModuleMixin)]
-    if lazy:
-        raise ValueError(
-            f"expected BatchNorm layers that know their number of channels; got lazy ones, {', '.join(lazy)}: send "
-            "one batch through the model before converting it"
-        )
+    layers = _batch_norm_layers(module)
     classes = {name: _synchronised(layer) for name, layer in layers.items() if not isinstance(layer, SyncBatchNorm)}
     for layer in layers.values():
         if isinstance(layer, nn.SyncBatchNorm) and layer.process_group is not None:
@@ -95,6 +95,8 @@ def convert_sync_batchnorm(module: M, process_group: Any = None) -> M:
     for layer in layers.values():
         if isinstance(layer, SyncBatchNorm) and process_group is not None:
             layer.process_group = process_group
+    if fuse:
+        fuse_activations(module)
     unknown = [_name(name, layers[name]) for name, synchronised in classes.items() if synchronised is None]
     if unknown:
         warnings.warn(
@@ -116,6 +118,7 @@ def revert_sync_batchnorm(module: M) -> M:
     Returns:
         module.
     """
+    unfuse_activations(module)
     unknown = []
     for name, layer in module.named_modules():
         if not isinstance(layer, SyncBatchNorm):
@@ -129,7 +132,7 @@ def revert_sync_batchnorm(module: M) -> M:
         layer_class: Any = BatchNormNd if original is None else original.layer_class
         layer.__class__ = layer_class
         if original is not None and original.group is not None:
-            layer.__dict__["process_group"] = original.group.get()
+            layer.__dict__["process_group"] = original.group.group
     if unknown:
         warnings.warn(
             f"left as they are, synchronised, because they are classes of their own: {', '.join(unknown)}", stacklevel=2
@@ -137,11 +140,22 @@ def revert_sync_batchnorm(module: M) -> M:
     return module
 
 
+def _batch_norm_layers(module: nn.Module) -> dict[str, _BatchNorm]:
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)}
+    lazy = [_name(name, layer) for name, layer in layers.items() if isinstance(layer, LazyModuleMixin)]
+    if lazy:
+        raise ValueError(
+            f"expected BatchNorm layers that know their number of channels; got lazy ones, {', '.join(lazy)}: send "
+            "one batch through the model before converting it"
+        )
+    return layers
+
+
 def _become(layer: Any, synchronised: type[SyncBatchNorm]) -> None:
     """Makes a layer one of that class."""
     # The attribute of torch.nn.SyncBatchNorm, or of the user's, that has the name of our property.
     group = GroupHandle(layer.__dict__.pop("process_group")) if "process_group" in layer.__dict__ else None
-    own = group.get() if group is not None and isinstance(layer, nn.SyncBatchNorm) else None
+    own = group.group if group is not None and isinstance(layer, nn.SyncBatchNorm) else None
     layer.__dict__["_syncbn_original"] = _Original(type(layer), group)
     layer.__class__ = synchronised
     layer.process_group = own
@@ -167,6 +181,9 @@ def _synchronised_class(original: Any) -> type[SyncBatchNorm] | None:
 
 
 def _norm_act_forward(self: Any, x: Tensor) -> Tensor:
+    tail = tail_of_fused(self)
+    if tail is not None:
+        return norm_act(self, x, tail)
     y: Tensor = self.act(self.drop(SyncBatchNorm.forward(self, x)))
     return y
 

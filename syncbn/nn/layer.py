@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..comm import Communicator, LocalCommunicator, as_communicator
+from ..core import Running
 from ..functional import batch_stats_norm, running_stats_norm
+from ..kernels import PLAIN, Tail
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -69,7 +71,7 @@ class SyncBatchNorm(_BatchNorm):
     @property
     def process_group(self) -> Any:
         """The ranks that normalise together, as given; set it to change them."""
-        return self._syncbn_group.get()
+        return self._syncbn_group.group
 
     @process_group.setter
     def process_group(self, process_group: Any) -> None:
@@ -81,26 +83,28 @@ class SyncBatchNorm(_BatchNorm):
         """Normalises input; see the class."""
         if not self.training and self.running_mean is not None:
             return running_stats_norm(input, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
-        comm = as_communicator(self.process_group) if self.training else LocalCommunicator()
-        if not (self.training and self.track_running_stats):
-            return self._normalise(input, None, None, 0.0, comm)[0]
+        return self._normalise(input)
+
+    def _normalise(self, input: Tensor, tail: Tail = PLAIN, residual: Tensor | None = None) -> Tensor:
+        """Normalises input by the statistics of the batch: in evaluation, of this rank's."""
+        running: Running = Running()
+        comm: Communicator = LocalCommunicator()
+        if self.training:
+            comm = as_communicator(self.process_group)
+            if self.track_running_stats:
+                running = self._running()
+        return batch_stats_norm(
+            input, self.num_features, running, self.weight, self.bias, self.eps, comm, tail, residual
+        )
+
+    def _running(self) -> Running:
         batches: Any = self.num_batches_tracked
-        momentum: Any = 0.0 if self.momentum is None else self.momentum
-        if self.momentum is None and batches is not None:
+        momentum: Any = self.momentum
+        if momentum is None:
             # A cumulative average, of which this batch is one part in as many as there are with it; a tensor, as they
             # are counted on the device.
-            momentum = (batches + 1).double().reciprocal()
-        y, count = self._normalise(input, self.running_mean, self.running_var, momentum, comm)
-        if batches is not None:
-            batches.add_(count > 1)  # as the running statistics: not by a batch that had no variance to take
-        return y
-
-    def _normalise(
-        self, input: Tensor, running_mean: Any, running_var: Any, momentum: Any, comm: Communicator
-    ) -> tuple[Tensor, Tensor]:
-        return batch_stats_norm(
-            input, self.num_features, running_mean, running_var, self.weight, self.bias, momentum, self.eps, comm
-        )
+            momentum = 0.0 if batches is None else (batches + 1).double().reciprocal()
+        return Running(self.running_mean, self.running_var, batches, momentum)
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Nothing: forward's own checks cover every number of axes."""
@@ -117,16 +121,13 @@ class GroupHandle:
     """Keeps a process group in a layer: shared by copies, left behind by pickles, for it names live connections."""
 
     def __init__(self, group: Any) -> None:
-        self._group = group
-
-    def get(self) -> Any:
-        return self._group
+        self.group = group
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GroupHandle:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return GroupHandle, (None if self._group is None else _LostGroup(),)
+        return GroupHandle, (None if self.group is None else _LostGroup(),)
 
 
 class _LostGroup:

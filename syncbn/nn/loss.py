@@ -39,25 +39,33 @@ def scale_loss(loss: Tensor, batch_size: float | Tensor, process_group: Any = No
     """
     comm = as_communicator(process_group)
     device = loss.device if isinstance(loss, Tensor) else "cpu"
-    with core.refusing(lambda: torch.empty(1, dtype=torch.float64, device=device), comm):
-        if not isinstance(loss, Tensor) or not loss.is_floating_point():
-            kind = f"a tensor of {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise TypeError(f"expected loss to be a floating-point tensor; got {kind}: pass the loss before backward")
-        if loss.dim():
-            raise ValueError(f"expected loss to be a scalar; got shape {tuple(loss.shape)}: take its mean first")
-        if isinstance(batch_size, Tensor) and not batch_size.dim():
-            batch_size = batch_size.item()
-        if not isinstance(batch_size, Real):
-            raise TypeError(f"expected batch_size to be a number; got {type(batch_size).__name__}: pass len(images)")
-        if not 0 <= batch_size < float("inf"):
-            raise ValueError(f"expected a batch_size of at least 0; got {batch_size}: pass the number of samples here")
-    total = torch.tensor([float(batch_size)], dtype=torch.float64, device=device)
+    try:
+        number = _checked(loss, batch_size)
+    except Exception as error:
+        core.refuse(error, torch.empty(1, dtype=torch.float64, device=device), comm)
+    total = torch.tensor([number], dtype=torch.float64, device=device)
     comm.all_reduce(total)
     if total.device.type == "cpu" and total.isnan():
         raise RuntimeError(
             f"{core.rank_prefix(comm)}expected a batch_size from every rank; another rank raised an error instead: see "
             "that rank's message"
         )
-    if batch_size == 0:
+    if number == 0:
         return loss.nan_to_num() * 0.0
-    return loss * (comm.world_size * float(batch_size) / total[0]).to(loss.dtype)
+    return loss * (comm.world_size * number / total[0]).to(loss.dtype)
+
+
+def _checked(loss: Tensor, batch_size: float | Tensor) -> float:
+    """Refuses what is no mean loss over a batch; returns the size of the batch."""
+    if not isinstance(loss, Tensor) or not loss.is_floating_point():
+        kind = f"a tensor of {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"expected loss to be a floating-point tensor; got {kind}: pass the loss before backward")
+    if loss.dim():
+        raise ValueError(f"expected loss to be a scalar; got shape {tuple(loss.shape)}: take its mean first")
+    if isinstance(batch_size, Tensor) and not batch_size.dim():
+        batch_size = batch_size.item()
+    if not isinstance(batch_size, Real):
+        raise TypeError(f"expected batch_size to be a number; got {type(batch_size).__name__}: pass len(images)")
+    if not 0 <= batch_size < float("inf"):
+        raise ValueError(f"expected a batch_size of at least 0; got {batch_size}: pass the number of samples here")
+    return float(batch_size)

@@ -12,6 +12,7 @@
 #include <omp.h>
 #endif
 
+#include "kernels.h"
 #include "simd.h"
 
 namespace {
@@ -20,12 +21,6 @@ using simd::Double;
 using simd::kDoubles;
 
 constexpr long kSerial = 1 << 15;  // elements below which waking a thread costs more than it saves
-constexpr long kTileElements = 4096;  // of a tile of rows that stays in the first-level cache
-
-struct Shape {
-  long n, c, s;
-  long size() const { return n * c * s; }
-};
 
 inline int threads_for(long size) {
 #if defined(_OPENMP)
@@ -57,16 +52,37 @@ template <class D> struct Sum {
   D value() const { return high + low; }
 };
 
-struct Pair {
-  Sum<double> a, b;
+// Such sums of a and of b for each of c channels; a vector of neighbouring channels is added at once.
+class Totals {
+ public:
+  explicit Totals(long c) : c_(c), v_(4 * c) {}
+  template <class D> void add(long channel, const D& a, const D& b) {
+    add_to(v_.data() + channel, a), add_to(v_.data() + 2 * c_ + channel, b);
+  }
+  void add(const Totals& other) {
+    for (long c = 0; c < c_; ++c) add(c, other.value(c, 0), other.value(c, 1));
+  }
+  double value(long channel, int which) const {
+    const double* high = v_.data() + 2 * which * c_ + channel;
+    return high[0] + high[c_];
+  }
+
+ private:
+  template <class D> void add_to(double* high, const D& v) {
+    Sum<D> sum{simd::load<D>(high), simd::load<D>(high + c_)};
+    sum.add(v);
+    simd::store(sum.high, high), simd::store(sum.low, high + c_);
+  }
+  long c_;
+  std::vector<double> v_;  // high of a, low of a, high of b, low of b
 };
 
-constexpr long kBlock = 64;  // steps of plain addition
+constexpr long kBlock = 64;  // steps, or rows, of plain addition
 constexpr long kRows = 8;    // of a channel that are summed together: as many streams as processors prefetch
 
 // Adds the sums of op over elements [begin, end) of a row of one channel, and of the rows - 1 that follow `stride` later.
 template <class Op>
-inline void reduce_rows(const Op& op, long c, long begin, long end, long rows, long stride, Pair& total) {
+inline void reduce_rows(const Op& op, long c, long begin, long end, long rows, long stride, Totals& totals) {
   const auto v = op.template channel<Double>(c);
   const auto u = op.template channel<double>(c);
   Sum<Double> a, b;
@@ -93,84 +109,96 @@ inline void reduce_rows(const Op& op, long c, long begin, long end, long rows, l
     for (; i < end; ++i) op.add(i, u, a_tail, b_tail);
   }
   a.add((a0 + a1) + (a2 + a3)), b.add((b0 + b1) + (b2 + b3));
-  total.a.add(simd::sum(a.value()) + a_tail);
-  total.b.add(simd::sum(b.value()) + b_tail);
+  totals.add(c, simd::sum(a.value()) + a_tail, simd::sum(b.value()) + b_tail);
 }
 
-// Adds the sums of op over `rows` rows of c channels each, the first beginning at element `first`. Channels stay in
-// registers across a tile.
-template <class Op> inline void reduce_columns(const Op& op, long c, long first, long rows, Pair* totals) {
-  const long tile = std::clamp(kTileElements / c, 8L, kBlock);
-  for (long r = 0; r < rows; r += tile) {
-    const long end = std::min(rows, r + tile);
-    long j = 0;
-    for (; j + 2 * kDoubles <= c; j += 2 * kDoubles) {
-      const auto v0 = op.template channels<Double>(j), v1 = op.template channels<Double>(j + kDoubles);
-      Double a0{}, a1{}, b0{}, b1{};
-      for (long k = r; k < end; ++k) {
-        op.add(first + k * c + j, v0, a0, b0);
-        op.add(first + k * c + j + kDoubles, v1, a1, b1);
+constexpr long kStrip = 256;  // channels whose plain sums stay in the first-level cache
+// Rows that are summed in registers before they are added to those; which also makes what is added differ enough for its
+// roundings to cancel: the squares of integers alone are 0 or 1 modulo 4, and round one way.
+constexpr long kUnroll = 4;
+
+// Adds the sums of op over `rows` rows of c channels each, the first beginning at element `first`.
+template <class Op> inline void reduce_columns(const Op& op, long c, long first, long rows, Totals& totals) {
+  for (long start = 0; start < c; start += kStrip) {
+    const long width = std::min(kStrip, c - start);
+    alignas(64) double a[kStrip], b[kStrip];
+    for (long r = 0; r < rows;) {
+      std::fill(a, a + width, 0.0), std::fill(b, b + width, 0.0);
+      const long stop = std::min(rows, r + kBlock);
+      for (; r < stop; r += kUnroll) {
+        const long row = first + r * c + start, together = std::min(kUnroll, stop - r);
+        long j = 0;
+        for (; j + kDoubles <= width; j += kDoubles) {
+          const auto v = op.template channels<Double>(start + j);
+          Double a0{}, a1{}, b0{}, b1{};
+          if (together == kUnroll) {
+            op.add(row + j, v, a0, b0), op.add(row + c + j, v, a1, b1);
+            op.add(row + 2 * c + j, v, a0, b0), op.add(row + 3 * c + j, v, a1, b1);
+          } else {
+            for (long k = 0; k < together; ++k) op.add(row + k * c + j, v, a0, b0);
+          }
+          simd::store(simd::load<Double>(a + j) + (a0 + a1), a + j);
+          simd::store(simd::load<Double>(b + j) + (b0 + b1), b + j);
+        }
+        for (; j < width; ++j) {
+          const auto u = op.template channel<double>(start + j);
+          double a0 = 0, b0 = 0;
+          for (long k = 0; k < together; ++k) op.add(row + k * c + j, u, a0, b0);
+          a[j] += a0, b[j] += b0;
+        }
       }
-      for (int l = 0; l < kDoubles; ++l) {
-        totals[j + l].a.add(a0[l]), totals[j + l].b.add(b0[l]);
-        totals[j + kDoubles + l].a.add(a1[l]), totals[j + kDoubles + l].b.add(b1[l]);
-      }
-    }
-    for (; j < c; ++j) {
-      const auto u = op.template channel<double>(j);
-      double a = 0, b = 0;
-      for (long k = r; k < end; ++k) op.add(first + k * c + j, u, a, b);
-      totals[j].a.add(a), totals[j].b.add(b);
+      long j = 0;
+      for (; j + kDoubles <= width; j += kDoubles)
+        totals.add(start + j, simd::load<Double>(a + j), simd::load<Double>(b + j));
+      for (; j < width; ++j) totals.add(start + j, a[j], b[j]);
     }
   }
 }
 
 // out = [sums of a (c) | sums of b (c)] of op over the array.
-template <class Op> void reduce(const Op& op, Shape x, double* out) {
+template <class Op> void reduce(const Op& given, Shape x, double* out) {
   if (!x.size()) return (void)std::fill(out, out + 2 * x.c, 0.0);
   const int threads = threads_for(x.size());
   // Threads have channels of their own, or else sums of their own of all channels.
   const bool by_channel = x.s > 1 && (threads == 1 || x.c >= 4 * threads);
-  std::vector<Pair> totals(size_t(by_channel ? 1 : threads) * x.c);
+  std::vector<Totals> totals(by_channel ? 1 : threads, Totals(x.c));
   const long sample = x.c * x.s;
   if (by_channel) {
     in_parallel(threads, x.c, [&](int, long c0, long c1) {
+      const Op op = given;  // its own, which no store can be taken to change
       for (long i = 0; i < x.n; i += kRows)
         for (long c = c0; c < c1; ++c) {
           const long row = i * sample + c * x.s;
-          reduce_rows(op, c, row, row + x.s, std::min(kRows, x.n - i), sample, totals[c]);
+          reduce_rows(op, c, row, row + x.s, std::min(kRows, x.n - i), sample, totals[0]);
         }
     });
   } else if (x.s > 1) {
     in_parallel(threads, x.s, [&](int t, long s0, long s1) {
+      const Op op = given;
       for (long i = 0; i < x.n; i += kRows)
         for (long c = 0; c < x.c; ++c) {
           const long row = i * sample + c * x.s;
-          reduce_rows(op, c, row + s0, row + s1, std::min(kRows, x.n - i), sample, totals[t * x.c + c]);
+          reduce_rows(op, c, row + s0, row + s1, std::min(kRows, x.n - i), sample, totals[t]);
         }
     });
   } else {
     in_parallel(threads, x.n, [&](int t, long n0, long n1) {
-      reduce_columns(op, x.c, n0 * x.c, n1 - n0, totals.data() + t * x.c);
+      const Op op = given;
+      reduce_columns(op, x.c, n0 * x.c, n1 - n0, totals[t]);
     });
   }
-  for (long c = 0; c < x.c; ++c) {
-    Pair total = totals[c];
-    for (int t = 1; t < (by_channel ? 1 : threads); ++t) {
-      total.a.add(totals[t * x.c + c].a.value());
-      total.b.add(totals[t * x.c + c].b.value());
-    }
-    out[c] = total.a.value(), out[x.c + c] = total.b.value();
-  }
+  for (size_t t = 1; t < totals.size(); ++t) totals[0].add(totals[t]);
+  for (long c = 0; c < x.c; ++c) out[c] = totals[0].value(c, 0), out[x.c + c] = totals[0].value(c, 1);
 }
 
 // op.put<V>(i, constants) for every element.
-template <class V, class S, class Op> void map(const Op& op, Shape x) {
+template <class V, class S, class Op> void map(const Op& given, Shape x) {
   if (!x.size()) return;
   constexpr int lanes = simd::Lanes<V>::value;
   const int threads = threads_for(x.size());
   if (x.s > 1) {
     in_parallel(threads, x.size(), [&](int, long begin, long end) {
+      const Op op = given;
       while (begin < end) {
         const long row = begin / x.s, stop = std::min(end, (row + 1) * x.s);
         const auto v = op.template channel<V>(row % x.c);
@@ -184,6 +212,7 @@ template <class V, class S, class Op> void map(const Op& op, Shape x) {
     return;
   }
   in_parallel(threads, x.n, [&](int, long begin, long end) {
+    const Op op = given;
     for (long r = begin; r < end; ++r) {
       long j = 0;
       for (; j + lanes <= x.c; j += lanes) op.put(r * x.c + j, op.template channels<V>(j));

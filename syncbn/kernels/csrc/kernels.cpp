@@ -12,11 +12,69 @@ using simd::load;
 
 template <class T> struct Accumulate { using type = float; using vector = simd::Float; };
 template <> struct Accumulate<double> { using type = double; using vector = simd::Double; };
+template <class T> using A = typename Accumulate<T>::type;
 
-template <class V, class A> inline V splat(A value) {
+// The type in which the element-wise part of sums of type D is computed.
+template <class T, class D> struct Elementwise { using type = typename simd::Narrow<D>::type; };
+template <class D> struct Elementwise<double, D> { using type = D; };
+
+template <class V, class S> inline V splat(S value) {
   if constexpr (simd::Lanes<V>::value == 1) return V(value);
   else return V{} + value;
 }
+
+// ---- activations: a function of z, and its backward, from the z or (leaky_relu) from anything of z's sign ----------
+
+struct Identity {
+  explicit Identity(double) {}
+  template <class V> V forward(V z) const { return z; }
+  template <class V> V backward(V g, V) const { return g; }
+};
+
+struct LeakyRelu {
+  float slope_f, inverse_f;
+  double slope_d, inverse_d;
+  uint64_t open;  // all ones, or 0 for a slope of 0, by which not even infinity goes through
+  explicit LeakyRelu(double slope)
+      : slope_f(float(slope)), inverse_f(float(1 / slope)), slope_d(slope), inverse_d(1 / slope),
+        open(slope != 0 ? ~uint64_t(0) : 0) {}
+  template <class V> V below(V v) const {
+    typedef typename simd::Bits<V>::Scalar S;
+    typedef typename simd::Bits<V>::Same U;
+    typedef typename simd::Bits<S>::Same Mask;
+    return simd::bits_of<V>(U(simd::bits_of<U>(v * (sizeof(S) == 8 ? S(slope_d) : S(slope_f))) & Mask(open)));
+  }
+  template <class V> V forward(V z) const { return z < 0 ? below(z) : z; }
+  template <class V> V backward(V g, V z) const { return z > 0 ? g : below(g); }
+  template <class V> V inverse(V y) const {
+    typedef typename simd::Bits<V>::Scalar S;
+    return y < 0 ? y * (sizeof(S) == 8 ? S(inverse_d) : S(inverse_f)) : y;
+  }
+};
+
+struct Silu {
+  explicit Silu(double) {}
+  // Below this p * z is less than 1e-35, and exp at the end of its range.
+  template <class V> static V bounded(V z) {
+    typedef typename simd::Bits<V>::Scalar S;
+    return z < S(-88) ? V{} - S(88) : z;
+  }
+  template <class V> static V sigmoid(V z) {
+    const V one = V{} + typename simd::Bits<V>::Scalar(1);
+    return one / (one + simd::exp(-z));
+  }
+  template <class V> V forward(V z) const {
+    z = bounded(z);
+    return z * sigmoid(z);
+  }
+  template <class V> V backward(V g, V z) const {
+    z = bounded(z);
+    const V one = V{} + typename simd::Bits<V>::Scalar(1), p = sigmoid(z);
+    return g * (p * (one + z * (one - p)));
+  }
+};
+
+// ---- stats --------------------------------------------------------------------------------------------------------
 
 // Sums of x - center and of its square.
 template <class T> struct Moments {
@@ -27,68 +85,149 @@ template <class T> struct Moments {
   template <class D> void add(long i, const D& center_c, D& sum, D& squares) const {
     const D v = load<D>(x + i) - center_c;
     sum += v;
-    squares += v * v;
+    squares = simd::fma(v, v, squares);
   }
 };
 
-// Sums of dy and of dy * (x - mean).
-template <class T> struct BackwardSums {
-  const T *dy, *x;
-  const double* mean;
-  template <class D> D channel(long c) const { return splat<D>(mean[c]); }
-  template <class D> D channels(long c) const { return load<D>(mean + c); }
-  template <class D> void add(long i, const D& mean_c, D& sum_dy, D& sum_dy_xmu) const {
-    const D g = load<D>(dy + i);
-    sum_dy += g;
-    sum_dy_xmu += g * (load<D>(x + i) - mean_c);
-  }
-};
-
-template <class V> struct Affine { V mean, scale, bias; };
-
-// y = (x - mean) * scale + bias
-template <class T> struct Normalise {
-  using A = typename Accumulate<T>::type;
+// The same about 0, of a dtype whose squares are exact in float64.
+template <class T> struct RawMoments {
   const T* x;
-  T* y;
-  const A *mean, *scale, *bias;
-  template <class V> Affine<V> channel(long c) const {
-    return {splat<V>(mean[c]), splat<V>(scale[c]), splat<V>(bias ? bias[c] : A(0))};
-  }
-  template <class V> Affine<V> channels(long c) const {
-    return {load<V>(mean + c), load<V>(scale + c), bias ? load<V>(bias + c) : V{}};
-  }
-  template <class V> void put(long i, const Affine<V>& k) const {
-    simd::store((load<V>(x + i) - k.mean) * k.scale + k.bias, y + i);
+  struct Nothing {};
+  template <class D> Nothing channel(long) const { return {}; }
+  template <class D> Nothing channels(long) const { return {}; }
+  template <class D> void add(long i, Nothing, D& sum, D& squares) const {
+    const D v = load<D>(x + i);
+    sum += v;
+    squares = simd::fma(v, v, squares);
   }
 };
 
-template <class V> struct Gradient { V mean, slope, mean_dy, scale; };
+// ---- element-wise, forward: z = (x - mean) * scale + bias ----------------------------------------------------------
 
-// dx = (dy - (x - mean) * slope - mean_dy) * scale
-template <class T> struct InputGradient {
-  using A = typename Accumulate<T>::type;
-  const T *dy, *x;
+template <class V> struct Affine {
+  V mean, scale, bias;
+  V operator()(V x) const { return (x - mean) * scale + bias; }
+};
+
+template <class T> struct AffineOf {
+  const A<T>*mean, *scale, *bias;
+  explicit AffineOf(const Channels& k)
+      : mean((const A<T>*)k.mean), scale((const A<T>*)k.scale), bias((const A<T>*)k.bias) {}
+  template <class V> Affine<V> channel(long c) const { return {splat<V>(mean[c]), splat<V>(scale[c]), splat<V>(bias[c])}; }
+  template <class V> Affine<V> channels(long c) const { return {load<V>(mean + c), load<V>(scale + c), load<V>(bias + c)}; }
+};
+
+// y = activation(z + residual)
+template <class T, class Activation, bool kResidual> struct Normalise {
+  const T *x, *residual;
+  T* y;
+  AffineOf<T> affine;
+  Activation activation;
+  template <class V> Affine<V> channel(long c) const { return affine.template channel<V>(c); }
+  template <class V> Affine<V> channels(long c) const { return affine.template channels<V>(c); }
+  template <class V> void put(long i, const Affine<V>& k) const {
+    V z = k(load<V>(x + i));
+    if constexpr (kResidual) z = z + load<V>(residual + i);
+    simd::store(activation.forward(z), y + i);
+  }
+};
+
+// ---- backward -----------------------------------------------------------------------------------------------------
+
+// Where x - mean and the gradient of z come from. Each is g(i), x - mean(i), for an element-wise type V.
+//
+// Plain: there is no activation. FromX: z is computed again. Gated: z (or, for leaky_relu, y, which has its sign) needs
+// an array beside x, and g is written. FromY: x was overwritten by y, from which z and x - mean are recovered.
+enum class Source { kPlain, kFromX, kGated, kFromY };
+
+template <class V> struct Terms { V g, xmu; };
+
+template <class T, class Activation, Source kSource> struct Differentiate {
+  const T *dy, *x, *gate;
+  AffineOf<T> affine;
+  Activation activation;
+  bool gate_is_y;  // else the residual
+  template <class V> Terms<V> operator()(long i, const Affine<V>& k) const {
+    const V g = load<V>(dy + i), v = load<V>(x + i);
+    if constexpr (kSource == Source::kPlain) {
+      return {g, v - k.mean};
+    } else if constexpr (kSource == Source::kFromY) {
+      // scale is here the inverse of forward's.
+      return {activation.backward(g, v), (activation.inverse(v) - k.bias) * k.scale};
+    } else if constexpr (kSource == Source::kGated) {
+      const V other = load<V>(gate + i);
+      return {activation.backward(g, gate_is_y ? other : k(v) + other), v - k.mean};
+    } else {
+      return {activation.backward(g, k(v)), v - k.mean};
+    }
+  }
+};
+
+// Sums of g and of g * (x - mean).
+template <class T, class Activation, Source kSource> struct BackwardSums {
+  Differentiate<T, Activation, kSource> terms;
+  T* g;
+  const double* mean;
+  template <class D> struct Constants {
+    D mean;
+    Affine<typename Elementwise<T, D>::type> affine;
+  };
+  template <class D> Constants<D> channel(long c) const {
+    using V = typename Elementwise<T, D>::type;
+    return {splat<D>(mean[c]), terms.affine.template channel<V>(c)};
+  }
+  template <class D> Constants<D> channels(long c) const {
+    using V = typename Elementwise<T, D>::type;
+    return {load<D>(mean + c), terms.affine.template channels<V>(c)};
+  }
+  template <class D> void add(long i, const Constants<D>& k, D& sum_dy, D& sum_dy_xmu) const {
+    if constexpr (kSource == Source::kPlain) {
+      const D d = load<D>(terms.dy + i);
+      sum_dy += d;
+      sum_dy_xmu = simd::fma(d, load<D>(terms.x + i) - k.mean, sum_dy_xmu);
+    } else {
+      using V = typename Elementwise<T, D>::type;
+      const Terms<V> t = terms(i, k.affine);
+      const D d = simd::widen(t.g);
+      if constexpr (kSource == Source::kGated) simd::store(t.g, g + i);
+      sum_dy += d;
+      // In place, mean is what the rounded mean is above the exact one.
+      const D xmu = kSource == Source::kFromY ? simd::widen(t.xmu) + k.mean : load<D>(terms.x + i) - k.mean;
+      sum_dy_xmu = simd::fma(d, xmu, sum_dy_xmu);
+    }
+  }
+};
+
+template <class V> struct Gradient {
+  Affine<V> affine;
+  V slope, mean_dy, scale;
+};
+
+// dx = (g - (x - mean) * slope - mean_dy) * scale
+template <class T, class Activation, Source kSource> struct InputGradient {
+  Differentiate<T, Activation, kSource> terms;
   T* dx;
-  const A *mean, *slope, *mean_dy, *scale;
+  const A<T>*slope, *mean_dy, *scale;
   template <class V> Gradient<V> channel(long c) const {
-    return {splat<V>(mean[c]), splat<V>(slope[c]), splat<V>(mean_dy[c]), splat<V>(scale[c])};
+    return {terms.affine.template channel<V>(c), splat<V>(slope[c]), splat<V>(mean_dy[c]), splat<V>(scale[c])};
   }
   template <class V> Gradient<V> channels(long c) const {
-    return {load<V>(mean + c), load<V>(slope + c), load<V>(mean_dy + c), load<V>(scale + c)};
+    return {terms.affine.template channels<V>(c), load<V>(slope + c), load<V>(mean_dy + c), load<V>(scale + c)};
   }
   template <class V> void put(long i, const Gradient<V>& k) const {
-    const V t = (load<V>(x + i) - k.mean) * k.slope;
-    simd::store((load<V>(dy + i) - t - k.mean_dy) * k.scale, dx + i);
+    const Terms<V> t = terms(i, k.affine);
+    simd::store((t.g - t.xmu * k.slope - k.mean_dy) * k.scale, dx + i);
   }
 };
 
+// ---- from run-time arguments to types -----------------------------------------------------------------------------
+
 template <class Op, class T> void map_as(const Op& op, Shape shape) {
-  map<typename Accumulate<T>::vector, typename Accumulate<T>::type>(op, shape);
+  map<typename Accumulate<T>::vector, A<T>>(op, shape);
 }
 
 // One channel of many rows is one row.
-Shape shape_of(long n, long c, long s) { return c == 1 ? Shape{1, 1, n * s} : Shape{n, c, s}; }
+Shape row_of(Shape x) { return x.c == 1 ? Shape{1, 1, x.n * x.s} : x; }
 
 // Calls f(T{}) for the type that dtype stands for.
 template <class F> void with_type(int dtype, const F& f) {
@@ -100,39 +239,87 @@ template <class F> void with_type(int dtype, const F& f) {
   }
 }
 
-void stats(int dtype, const void* x, long n, long c, long s, const double* center, double* moments) {
-  with_type(dtype, [&](auto t) {
-    using T = decltype(t);
-    reduce(Moments<T>{(const T*)x, center}, shape_of(n, c, s), moments);
-  });
-  moments[2 * c] = double(n) * double(s);
+// Calls f(activation) for that of a tail.
+template <class F> void with_activation(Tail tail, const F& f) {
+  switch (tail.activation) {
+    case kNone: return f(Identity(0));
+    case kLeakyRelu: return f(LeakyRelu(tail.slope));
+    case kSilu: return f(Silu(0));
+  }
 }
 
-void elemt(int dtype, const void* x, void* y, long n, long c, long s, const void* mean, const void* scale,
-           const void* bias) {
+void stats(int dtype, const void* x, Shape shape, const double* center, double* moments) {
   with_type(dtype, [&](auto t) {
     using T = decltype(t);
-    using A = typename Accumulate<T>::type;
-    using Op = Normalise<T>;
-    map_as<Op, T>(Op{(const T*)x, (T*)y, (const A*)mean, (const A*)scale, (const A*)bias}, shape_of(n, c, s));
+    if constexpr (!std::is_same_v<T, double>) {
+      if (!center) return reduce(RawMoments<T>{(const T*)x}, row_of(shape), moments);
+    }
+    reduce(Moments<T>{(const T*)x, center}, row_of(shape), moments);
+  });
+  moments[2 * shape.c] = double(shape.n) * double(shape.s);
+}
+
+void elemt(int dtype, const void* x, const void* residual, void* y, Shape shape, const Channels& k, Tail tail) {
+  with_type(dtype, [&](auto t) {
+    using T = decltype(t);
+    with_activation(tail, [&](auto activation) {
+      using F = decltype(activation);
+      const T *in = (const T*)x, *other = (const T*)residual;
+      if (residual) map_as<Normalise<T, F, true>, T>({in, other, (T*)y, AffineOf<T>(k), activation}, row_of(shape));
+      else map_as<Normalise<T, F, false>, T>({in, other, (T*)y, AffineOf<T>(k), activation}, row_of(shape));
+    });
   });
 }
 
-void backward_reduce(int dtype, const void* dy, const void* x, long n, long c, long s, const double* mean, double* sums) {
-  with_type(dtype, [&](auto t) {
-    using T = decltype(t);
-    reduce(BackwardSums<T>{(const T*)dy, (const T*)x, mean}, shape_of(n, c, s), sums);
+// Calls f(differentiate) for the source of a tail and, where there may be one, a gate.
+template <class T, bool kMayGate, class F>
+void with_source(const void* dy, const void* x, const void* gate, const Channels& k, Tail tail, const F& f) {
+  const T *d = (const T*)dy, *in = (const T*)x, *other = (const T*)gate;
+  const AffineOf<T> affine(k);
+  if (tail.in_place) {  // none is a leaky_relu of slope 1
+    const LeakyRelu activation(tail.activation == kNone ? 1.0 : tail.slope);
+    return f(Differentiate<T, LeakyRelu, Source::kFromY>{d, in, other, affine, activation, false});
+  }
+  with_activation(tail, [&](auto activation) {
+    using Act = decltype(activation);
+    if constexpr (std::is_same_v<Act, Identity>) {
+      f(Differentiate<T, Act, Source::kPlain>{d, in, other, affine, activation, false});
+    } else {
+      if constexpr (kMayGate) {
+        const bool is_y = tail.activation == kLeakyRelu;
+        if (gate) return f(Differentiate<T, Act, Source::kGated>{d, in, other, affine, activation, is_y});
+      }
+      f(Differentiate<T, Act, Source::kFromX>{d, in, other, affine, activation, false});
+    }
   });
 }
 
-void backward_elemt(int dtype, const void* dy, const void* x, void* dx, long n, long c, long s, const void* mean,
-                    const void* slope, const void* mean_dy, const void* scale) {
+template <class T, class Act, Source kSource>
+BackwardSums<T, Act, kSource> sums_of(const Differentiate<T, Act, kSource>& terms, void* g, const double* mean) {
+  return {terms, (T*)g, mean};
+}
+
+template <class T, class Act, Source kSource>
+InputGradient<T, Act, kSource> gradient_of(const Differentiate<T, Act, kSource>& terms, void* dx, const void* slope,
+                                           const void* mean_dy, const void* scale) {
+  return {terms, (T*)dx, (const A<T>*)slope, (const A<T>*)mean_dy, (const A<T>*)scale};
+}
+
+void backward_reduce(int dtype, const void* dy, const void* x, const void* gate, void* g, Shape shape, const Channels& k,
+                     Tail tail, double* sums) {
   with_type(dtype, [&](auto t) {
     using T = decltype(t);
-    using A = typename Accumulate<T>::type;
-    using Op = InputGradient<T>;
-    const Op op{(const T*)dy, (const T*)x, (T*)dx, (const A*)mean, (const A*)slope, (const A*)mean_dy, (const A*)scale};
-    map_as<Op, T>(op, shape_of(n, c, s));
+    with_source<T, true>(dy, x, gate, k, tail, [&](auto terms) { reduce(sums_of(terms, g, k.exact_mean), row_of(shape), sums); });
+  });
+}
+
+void backward_elemt(int dtype, const void* dy, const void* x, void* dx, Shape shape, const GradientChannels& k, Tail tail) {
+  with_type(dtype, [&](auto t) {
+    using T = decltype(t);
+    with_source<T, false>(dy, x, nullptr, k.forward, tail, [&](auto terms) {
+      const auto op = gradient_of(terms, dx, k.slope, k.mean_dy, k.scale);
+      map_as<decltype(op), T>(op, row_of(shape));
+    });
   });
 }
 

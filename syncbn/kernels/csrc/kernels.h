@@ -1,20 +1,40 @@
 // The kernels of the contract in syncbn/kernels/__init__.py, on raw addresses. Compiled once per instruction set.
 #pragma once
 
-#include <cstdint>
-
 enum Dtype : int { kFloat64 = 0, kFloat32 = 1, kBfloat16 = 2, kFloat16 = 3 };
 
-// Arrays are contiguous, (n, c, s) and (c,). Constants per channel given as void are of the accumulate dtype: double for
-// kFloat64, else float. center and bias may be null.
+struct Shape {
+  long n, c, s;
+  long size() const { return n * c * s; }
+};
+
+// What follows the affine step. relu is a leaky_relu of slope 0.
+enum Activation : int { kNone = 0, kLeakyRelu = 1, kSilu = 2 };
+struct Tail {
+  int activation;
+  double slope;   // of leaky_relu
+  bool in_place;  // backward gets y where it otherwise gets x
+};
+
+// Constants per channel. Those given as void are of the accumulate dtype: double for kFloat64, else float. Without a
+// bias it is zeros.
+struct Channels {
+  const double* exact_mean;
+  const void *mean, *scale, *bias;
+};
+struct GradientChannels {
+  Channels forward;
+  const void *slope, *mean_dy, *scale;  // scale again, for in place forward.scale is its inverse
+};
+
+// Arrays are contiguous, of that shape.
 struct Kernels {
-  void (*stats)(int dtype, const void* x, long n, long c, long s, const double* center, double* moments);
-  void (*elemt)(int dtype, const void* x, void* y, long n, long c, long s, const void* mean, const void* scale,
-                const void* bias);
-  void (*backward_reduce)(int dtype, const void* dy, const void* x, long n, long c, long s, const double* mean,
-                          double* sums);
-  void (*backward_elemt)(int dtype, const void* dy, const void* x, void* dx, long n, long c, long s, const void* mean,
-                         const void* slope, const void* mean_dy, const void* scale);
+  void (*stats)(int dtype, const void* x, Shape shape, const double* center, double* moments);
+  void (*elemt)(int dtype, const void* x, const void* residual, void* y, Shape shape, const Channels& channels, Tail tail);
+  void (*backward_reduce)(int dtype, const void* dy, const void* x, const void* gate, void* g, Shape shape,
+                          const Channels& channels, Tail tail, double* sums);
+  void (*backward_elemt)(int dtype, const void* dy, const void* x, void* dx, Shape shape, const GradientChannels& channels,
+                         Tail tail);
   const char* name;
 };
 

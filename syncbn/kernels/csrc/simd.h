@@ -27,6 +27,11 @@ typedef float Float __attribute__((vector_size(kBytes)));
 typedef double Double __attribute__((vector_size(kBytes)));
 typedef float HalfFloat __attribute__((vector_size(kBytes / 2)));  // as many floats as Double has doubles
 
+// The vector or scalar in which float64 sums of type D take what is computed in float.
+template <class D> struct Narrow;
+template <> struct Narrow<Double> { using type = HalfFloat; };
+template <> struct Narrow<double> { using type = float; };
+
 struct bfloat16 { uint16_t bits; };
 struct float16 { uint16_t bits; };
 
@@ -48,16 +53,26 @@ template <class V, class T> inline V raw(const T* p) {
   return v;
 }
 
-// Unsigned vectors with as many lanes as the float vector V.
+// For a vector V of floats or doubles: its scalar, and unsigned integers in as many lanes.
 template <class V> struct Bits;
 template <> struct Bits<Float> {
+  typedef float Scalar;
   typedef uint16_t U16 __attribute__((vector_size(kBytes / 2)));
   typedef uint32_t U32 __attribute__((vector_size(kBytes)));
+  typedef U32 Same;
 };
 template <> struct Bits<HalfFloat> {
+  typedef float Scalar;
   typedef uint16_t U16 __attribute__((vector_size(kBytes / 4)));
   typedef uint32_t U32 __attribute__((vector_size(kBytes / 2)));
+  typedef U32 Same;
 };
+template <> struct Bits<float> { typedef float Scalar; typedef uint32_t Same; };
+template <> struct Bits<Double> {
+  typedef double Scalar;
+  typedef uint64_t Same __attribute__((vector_size(kBytes)));
+};
+template <> struct Bits<double> { typedef double Scalar; typedef uint64_t Same; };
 
 // ---- scalars to and from float ------------------------------------------------------------------------------------
 
@@ -70,8 +85,8 @@ inline void narrow(float v, float* p) { *p = v; }
 inline void narrow(double v, double* p) { *p = v; }
 inline void narrow(float v, bfloat16* p) {
   const uint32_t u = bits_of<uint32_t>(v);
-  // To nearest, ties to even; a NaN stays one.
-  p->bits = v != v ? uint16_t(0x7fc0) : uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+  // To nearest, ties to even; a NaN is cut off, which leaves one (see store).
+  p->bits = uint16_t((u + (v == v ? 0x7fff + ((u >> 16) & 1) : 0)) >> 16);
 }
 inline void narrow(float v, float16* p) { p->bits = bits_of<uint16_t>(_Float16(v)); }
 
@@ -115,6 +130,9 @@ template <class V> inline V load_floats(const float16* p) {
 template <> struct Load<Float> {
   template <class T> static Float from(const T* p) { return load_floats<Float>(p); }
 };
+template <> struct Load<HalfFloat> {
+  template <class T> static HalfFloat from(const T* p) { return load_floats<HalfFloat>(p); }
+};
 template <> struct Load<Double> {
   template <class T> static Double from(const T* p) {
     return __builtin_convertvector(load_floats<HalfFloat>(p), Double);
@@ -136,9 +154,8 @@ inline void store(Float v, bfloat16* p) {
   typedef Bits<Float>::U32 U32;
   [[maybe_unused]] typedef Bits<Float>::U16 U16;
   const U32 u = bits_of<U32>(v);
-  const U32 rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  const U32 is_nan = (U32)(v != v);
-  const U32 wide = (rounded & ~is_nan) | (is_nan & 0x7fc0);
+  // A NaN is cut off, which leaves one: what arithmetic returns is quiet, its highest bit of payload set.
+  const U32 wide = (u + ((0x7fff + ((u >> 16) & 1)) & (U32)(v == v))) >> 16;
 #if defined(__AVX512F__)
   const __m256i out = _mm512_cvtepi32_epi16(bits_of<__m512i>(wide));
 #elif defined(__AVX2__)
@@ -159,6 +176,52 @@ inline void store(Float v, float16* p) {
 #else
   for (int i = 0; i < kFloats; ++i) narrow(v[i], p + i);
 #endif
+}
+
+inline void store(HalfFloat v, float* p) { std::memcpy(p, &v, sizeof v); }
+template <class T> inline void store(HalfFloat v, T* p) {
+  for (int i = 0; i < kDoubles; ++i) narrow(v[i], p + i);
+}
+
+inline Double widen(HalfFloat v) { return __builtin_convertvector(v, Double); }
+inline Double widen(Double v) { return v; }
+
+// ---- arithmetic ---------------------------------------------------------------------------------------------------
+
+// a * b + c, rounded once or twice: for sums, of which the last bits are nobody's contract.
+inline double fma(double a, double b, double c) { return a * b + c; }
+inline Double fma(Double a, Double b, Double c) {
+#if defined(__AVX512F__)
+  return bits_of<Double>(_mm512_fmadd_pd(bits_of<__m512d>(a), bits_of<__m512d>(b), bits_of<__m512d>(c)));
+#elif defined(__FMA__)
+  return bits_of<Double>(_mm256_fmadd_pd(bits_of<__m256d>(a), bits_of<__m256d>(b), bits_of<__m256d>(c)));
+#else
+  return a * b + c;
+#endif
+}
+
+constexpr double inverse_factorial(int i) { return i ? inverse_factorial(i - 1) / i : 1.0; }
+
+// exp(v) for v in [-88, 88], beyond which v is clamped; NaN stays. exp(v) = 2^k * exp(r) with |r| <= log(2) / 2, and
+// exp(r) by its series, of which the first term left out is below the roundoff.
+template <class V> inline V exp(V v) {
+  typedef typename Bits<V>::Scalar S;
+  typedef typename Bits<V>::Same U;
+  constexpr bool wide = sizeof(S) == 8;
+  constexpr int mantissa = wide ? 52 : 23;
+  constexpr S shift = wide ? S(6755399441055744.0) : S(12582912.0);  // 1.5 * 2^mantissa: adding it rounds to integers
+  v = v > S(88) ? V{} + S(88) : v;
+  v = v < S(-88) ? V{} - S(88) : v;
+  const V shifted = v * S(1.4426950408889634) + shift;
+  const V k = shifted - shift;
+  // log(2) in two parts, of which the first has few enough bits for k * part to be exact.
+  const V r = (v - k * S(wide ? 0.69314718036912382 : 0.693359375)) - k * S(wide ? 1.9082149292705877e-10 : -2.1219444e-4);
+  constexpr int terms = wide ? 13 : 7;
+  V series = V{} + S(inverse_factorial(terms));
+#pragma GCC unroll 16
+  for (int i = terms - 1; i >= 0; --i) series = series * r + S(inverse_factorial(i));
+  const U exponent = (bits_of<U>(shifted) - bits_of<typename Bits<S>::Same>(shift) + (wide ? 1023 : 127)) << mantissa;
+  return series * bits_of<V>(exponent);
 }
 
 inline double sum(Double v) {

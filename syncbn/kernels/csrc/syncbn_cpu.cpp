@@ -11,9 +11,13 @@ namespace {
 const Kernels& pick() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
+#endif
+#if defined(SYNCBN_HAS_avx512)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
     return kernels_avx512;
+#endif
+#if defined(SYNCBN_HAS_avx2)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) return kernels_avx2;
 #endif
   return kernels_baseline;
@@ -22,53 +26,84 @@ const Kernels& pick() {
 const Kernels& kernels = pick();
 
 // running += momentum * (batch - running), in the buffers' own dtype.
-template <class T> void update(void* running, const std::vector<double>& batch, double momentum) {
+template <class T> void update(void* running, const double* batch, long c, double momentum) {
   T* p = static_cast<T*>(running);
-  for (size_t i = 0; i < batch.size(); ++i) {
+  for (long i = 0; i < c; ++i) {
     const double old = simd::widen(p[i]), updated = old + momentum * (batch[i] - old);
     if constexpr (std::is_same_v<T, double>) p[i] = updated;
     else simd::narrow(float(updated), p + i);
   }
 }
 
-void update(int dtype, void* running, const std::vector<double>& batch, double momentum) {
+void update(int dtype, void* running, const double* batch, long c, double momentum) {
   switch (dtype) {
-    case kFloat64: return update<double>(running, batch, momentum);
-    case kFloat32: return update<float>(running, batch, momentum);
-    case kBfloat16: return update<simd::bfloat16>(running, batch, momentum);
-    case kFloat16: return update<simd::float16>(running, batch, momentum);
+    case kFloat64: return update<double>(running, batch, c, momentum);
+    case kFloat32: return update<float>(running, batch, c, momentum);
+    case kBfloat16: return update<simd::bfloat16>(running, batch, c, momentum);
+    case kFloat16: return update<simd::float16>(running, batch, c, momentum);
   }
 }
 
-// invstd * weight, in the accumulate dtype A.
-template <class A> std::vector<A> scale_of(const void* invstd, const void* weight, long c) {
-  const A *i = static_cast<const A*>(invstd), *w = static_cast<const A*>(weight);
-  std::vector<A> scale(i, i + c);
-  if (w) for (long k = 0; k < c; ++k) scale[k] *= w[k];
-  return scale;
+// What the loops need per channel, from statistics = [mean (c) | invstd (c) | count]; weight, bias and the results are of
+// the accumulate dtype A. With a weight_floor, weights closer to 0 count as that far from it: y then still tells x.
+template <class A> struct PerChannel {
+  std::vector<A> mean, scale, bias;
+  PerChannel(const double* statistics, long c, const void* weight, const void* bias_or_null, double weight_floor)
+      : mean(statistics, statistics + c), scale(statistics + c, statistics + 2 * c), bias(c) {
+    const A *w = static_cast<const A*>(weight), *b = static_cast<const A*>(bias_or_null);
+    if (b) std::copy(b, b + c, bias.begin());
+    if (!w) return;
+    for (long k = 0; k < c; ++k) {
+      const double v = w[k], kept = std::abs(v) < weight_floor ? (v < 0 ? -weight_floor : weight_floor) : v;
+      scale[k] = A(statistics[c + k] * kept);
+    }
+  }
+  Channels channels(const double* exact_mean) const { return {exact_mean, mean.data(), scale.data(), bias.data()}; }
+};
+
+template <class A> std::vector<A> inverse(const std::vector<A>& v) {
+  std::vector<A> out(v.size());
+  for (size_t k = 0; k < v.size(); ++k) out[k] = A(1 / double(v[k]));
+  return out;
 }
 
 template <class A>
-void elemt(int dtype, const void* x, void* y, long n, long c, long s, const double* mean, const void* invstd,
-           const void* weight, const void* bias) {
-  const std::vector<A> rounded(mean, mean + c), scale = scale_of<A>(invstd, weight, c);
-  kernels.elemt(dtype, x, y, n, c, s, rounded.data(), scale.data(), bias);
+void elemt(int dtype, const void* x, const void* residual, void* y, Shape shape, const double* statistics,
+           const void* weight, const void* bias, Tail tail, double weight_floor) {
+  const PerChannel<A> k(statistics, shape.c, weight, bias, weight_floor);
+  kernels.elemt(dtype, x, residual, y, shape, k.channels(statistics), tail);
 }
 
 template <class A>
-void backward_elemt(int dtype, const void* dy, const void* x, void* dx, long n, long c, long s, const double* mean,
-                    const void* invstd, double count, const void* weight, const double* sums) {
-  const A* i = static_cast<const A*>(invstd);
-  const double elements = std::max(count, 1.0);
-  const std::vector<A> rounded(mean, mean + c), scale = scale_of<A>(invstd, weight, c);
+void backward_reduce(int dtype, const void* dy, const void* x, const void* gate, void* g, Shape shape,
+                     const double* statistics, const void* weight, const void* bias, Tail tail, double weight_floor,
+                     double* sums) {
+  PerChannel<A> k(statistics, shape.c, weight, bias, weight_floor);
+  if (!tail.in_place) return kernels.backward_reduce(dtype, dy, x, gate, g, shape, k.channels(statistics), tail, sums);
+  k.scale = inverse(k.scale);
+  // What is recovered from y is x minus the rounded mean.
+  std::vector<double> excess(shape.c);
+  for (long i = 0; i < shape.c; ++i) excess[i] = double(k.mean[i]) - statistics[i];
+  kernels.backward_reduce(dtype, dy, x, gate, g, shape, k.channels(excess.data()), tail, sums);
+}
+
+template <class A>
+void backward_elemt(int dtype, const void* dy, const void* x, void* dx, Shape shape, const double* statistics,
+                    const void* weight, const void* bias, const double* sums, Tail tail, double weight_floor) {
+  PerChannel<A> k(statistics, shape.c, weight, bias, weight_floor);
+  const long c = shape.c;
+  const double elements = std::max(statistics[2 * c], 1.0);
   std::vector<A> slope(c), mean_dy(c);
-  for (long k = 0; k < c; ++k) {
-    const double exact = sums[c + k] / elements * (double(i[k]) * double(i[k]));
-    slope[k] = A(exact);
+  for (long i = 0; i < c; ++i) {
+    const double invstd = statistics[c + i], exact = sums[c + i] / elements * (invstd * invstd);
+    slope[i] = A(exact);
     // What the rounding of the mean adds to x - mean goes, times slope, into the constant term.
-    mean_dy[k] = A(sums[k] / elements - (mean[k] - double(rounded[k])) * exact);
+    mean_dy[i] = A(sums[i] / elements - (statistics[i] - double(k.mean[i])) * exact);
   }
-  kernels.backward_elemt(dtype, dy, x, dx, n, c, s, rounded.data(), slope.data(), mean_dy.data(), scale.data());
+  const std::vector<A> scale = k.scale;
+  if (tail.in_place) k.scale = inverse(k.scale);
+  const GradientChannels channels{k.channels(statistics), slope.data(), mean_dy.data(), scale.data()};
+  kernels.backward_elemt(dtype, dy, x, dx, shape, channels, tail);
 }
 
 }  // namespace
@@ -78,41 +113,48 @@ void backward_elemt(int dtype, const void* dy, const void* x, void* dx, long n, 
 SYNCBN_API const char* syncbn_isa() { return kernels.name; }
 
 SYNCBN_API void syncbn_stats(int dtype, const void* x, long n, long c, long s, const double* center, double* moments) {
-  kernels.stats(dtype, x, n, c, s, center, moments);
+  kernels.stats(dtype, x, {n, c, s}, center, moments);
 }
 
-SYNCBN_API void syncbn_combine(const double* moments, const double* center, long c, int dtype, double* mean,
-                               void* invstd, int running_dtype, void* running_mean, void* running_var, double momentum,
-                               double eps) {
+// Turns the moments of all ranks into statistics, in place.
+SYNCBN_API void syncbn_combine(double* moments, const double* center, long c, int running_dtype, void* running_mean,
+                               void* running_var, int64_t* batches, double momentum, double eps) {
   const double count = moments[2 * c], elements = std::max(count, 1.0);
-  std::vector<double> means(c), vars(c);
+  std::vector<double> vars(c);
   for (long k = 0; k < c; ++k) {
     const double offset = moments[k] / elements, difference = moments[c + k] / elements - offset * offset;
-    mean[k] = means[k] = center ? center[k] + offset : offset;
+    moments[k] = center ? center[k] + offset : offset;
     vars[k] = difference < 0 ? 0 : difference;  // rounding; a NaN stays
-    const double inverse = 1 / std::sqrt(vars[k] + eps);
-    if (dtype == kFloat64) static_cast<double*>(invstd)[k] = inverse;
-    else static_cast<float*>(invstd)[k] = float(inverse);
+    moments[c + k] = 1 / std::sqrt(vars[k] + eps);
   }
-  if (!running_mean || !(count > 1)) return;
+  if (!(count > 1)) return;
+  if (batches) ++*batches;
+  if (!running_mean) return;
   for (double& var : vars) var *= count / (count - 1);
-  update(running_dtype, running_mean, means, momentum);
-  update(running_dtype, running_var, vars, momentum);
+  update(running_dtype, running_mean, moments, c, momentum);
+  update(running_dtype, running_var, vars.data(), c, momentum);
 }
 
-SYNCBN_API void syncbn_elemt(int dtype, const void* x, void* y, long n, long c, long s, const double* mean,
-                             const void* invstd, const void* weight, const void* bias) {
-  (dtype == kFloat64 ? elemt<double> : elemt<float>)(dtype, x, y, n, c, s, mean, invstd, weight, bias);
+SYNCBN_API void syncbn_elemt(int dtype, const void* x, const void* residual, void* y, long n, long c, long s,
+                             const double* statistics, const void* weight, const void* bias, int activation,
+                             double slope, double weight_floor) {
+  const Tail tail{activation, slope, weight_floor > 0};
+  (dtype == kFloat64 ? elemt<double> : elemt<float>)(dtype, x, residual, y, {n, c, s}, statistics, weight, bias, tail,
+                                                     weight_floor);
 }
 
-SYNCBN_API void syncbn_backward_reduce(int dtype, const void* dy, const void* x, long n, long c, long s,
-                                       const double* mean, double* sums) {
-  kernels.backward_reduce(dtype, dy, x, n, c, s, mean, sums);
+SYNCBN_API void syncbn_backward_reduce(int dtype, const void* dy, const void* x, const void* gate, void* g, long n,
+                                       long c, long s, const double* statistics, const void* weight, const void* bias,
+                                       double* sums, int activation, double slope, double weight_floor) {
+  const Tail tail{activation, slope, weight_floor > 0};
+  (dtype == kFloat64 ? backward_reduce<double> : backward_reduce<float>)(
+      dtype, dy, x, gate, g, {n, c, s}, statistics, weight, bias, tail, weight_floor, sums);
 }
 
 SYNCBN_API void syncbn_backward_elemt(int dtype, const void* dy, const void* x, void* dx, long n, long c, long s,
-                                      const double* mean, const void* invstd, const double* count, const void* weight,
-                                      const double* sums) {
-  (dtype == kFloat64 ? backward_elemt<double> : backward_elemt<float>)(dtype, dy, x, dx, n, c, s, mean, invstd, *count,
-                                                                       weight, sums);
+                                      const double* statistics, const void* weight, const void* bias,
+                                      const double* sums, int activation, double slope, double weight_floor) {
+  const Tail tail{activation, slope, weight_floor > 0};
+  (dtype == kFloat64 ? backward_elemt<double> : backward_elemt<float>)(dtype, dy, x, dx, {n, c, s}, statistics, weight,
+                                                                       bias, sums, tail, weight_floor);
 }
