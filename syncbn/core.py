@@ -77,22 +77,33 @@ def forward(
     if wide:
         moments[-1] += _WIDE
     comm.all_reduce(moments)
-    _check_count(moments[-1], wide, comm)
     center = None
     if wide:
+        _check_count(float(moments[-1]) if getattr(moments, "is_cpu", True) else None, wide, comm)
         # Squares of float64 are not exact in float64, so var = E[x^2] - mean^2 would cancel: take them about the mean.
         count = moments[-1] - _WIDE * comm.world_size
         center = moments[: x.shape[1]] / (count + (count == 0))
         moments = kernels.stats(x, center)
         comm.all_reduce(moments)
-    kernels.combine(moments, center, *running, eps)
+    _check_count(kernels.combine(moments, center, *running, eps), False, comm)
     kernels.elemt(x, moments, weight, bias, y, *tail)
     return moments
 
 
 def backward(
-    dy: Any, x: Any, dx: Any, weight: Any, bias: Any, statistics: Any, kernels: Any, comm: Any, tail: Any, *gate: Any
-) -> tuple[Any, Any]:
+    dy: Any,
+    x: Any,
+    dx: Any,
+    weight: Any,
+    bias: Any,
+    grad_weight: Any,
+    grad_bias: Any,
+    statistics: Any,
+    kernels: Any,
+    comm: Any,
+    tail: Any,
+    *gate: Any,
+) -> None:
     """Differentiates forward.
 
     dx = weight * invstd * (g - sum_g / count - (x - mean) * invstd^2 * sum_g_xmu / count), g = dy without a tail.
@@ -101,24 +112,19 @@ def backward(
         dy: (n, c, s), the gradient of this rank's y.
         dx: (n, c, s), of x's dtype: where the gradient of x goes.
         x, weight, bias, kernels, comm, tail: as given to forward; after in-place work, x is y.
+        grad_weight, grad_bias: (c,) or None: where the gradients of weight and bias go, of this rank's elements alone,
+            so that data-parallel training averages them like every other gradient.
         statistics: as forward returned them.
         *gate: after a forward with activation and residual, the kernels' `gate` and `g`.
-
-    Returns:
-        grad_weight and grad_bias, (c,) float64, of this rank's elements alone, so that data-parallel training averages
-        them like every other gradient.
 
     Collective:
         all_reduce of 2c float64. Every rank must call.
     """
-    c = x.shape[1]
-    sums = kernels.backward_reduce(dy, x, statistics, weight, bias, tail, *gate)
-    grad_weight, grad_bias = sums[c:] * statistics[c:-1], 1.0 * sums[:c]  # copies, for all_reduce works in place
+    sums = kernels.backward_reduce(dy, x, statistics, weight, bias, grad_weight, grad_bias, tail, *gate)
     comm.all_reduce(sums)
     if gate:  # dy went through the activation already
         dy, tail = gate[1], tail._replace(activation="none")
     kernels.backward_elemt(dy, x, statistics, weight, bias, sums, dx, tail)
-    return grad_weight, grad_bias
 
 
 def eval_forward(
@@ -135,13 +141,13 @@ def eval_forward(
     return moments
 
 
-def eval_backward(dy: Any, x: Any, dx: Any, weight: Any, bias: Any, statistics: Any, kernels: Any) -> tuple[Any, Any]:
+def eval_backward(
+    dy: Any, x: Any, dx: Any, weight: Any, grad_weight: Any, grad_bias: Any, statistics: Any, kernels: Any
+) -> None:
     """Differentiates eval_forward: as backward, but mean and invstd are constants, and nothing is sent."""
-    c = x.shape[1]
-    sums = kernels.backward_reduce(dy, x, statistics, weight, bias)
-    no_sums = kernels.backward_reduce(dy[:0], x[:0], statistics, weight, bias)
-    kernels.backward_elemt(dy, x, statistics, weight, bias, no_sums, dx)
-    return sums[c:] * statistics[c:-1], sums[:c]
+    kernels.backward_reduce(dy, x, statistics, weight, None, grad_weight, grad_bias)
+    no_sums = kernels.backward_reduce(dy[:0], x[:0], statistics, weight, None)
+    kernels.backward_elemt(dy, x, statistics, weight, None, no_sums, dx)
 
 
 def refuse(error: Exception, message: Any, comm: Any) -> NoReturn:
@@ -170,11 +176,11 @@ def rank_prefix(comm: Any) -> str:
     return f"[rank {comm.rank}/{comm.world_size}] " if comm.world_size > 1 else ""
 
 
-def _check_count(count: Any, wide: bool, comm: Any) -> None:
-    """Raises, on all ranks alike, what all can see of a first message. Reads the count only where that is free."""
-    if not getattr(count, "is_cpu", True):
+def _check_count(count: float | None, wide: bool, comm: Any) -> None:
+    """Raises, on all ranks alike, what all can see of a message. None: reading the count was not free."""
+    if count is None or (count > 1 and count.is_integer() and not wide):
         return
-    marks, elements = math.modf(float(count))
+    marks, elements = math.modf(count)
     if elements != elements:
         raise RuntimeError(
             f"{rank_prefix(comm)}expected statistics from every rank; another rank refused its input and raised an "

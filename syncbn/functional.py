@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from . import core
 from .comm import Communicator, as_communicator
 from .kernels import PLAIN, Tail, select
+from .kernels.cpu import prefer_huge_pages
 from .layout import Layout, check_arguments, layout_of
 
 
@@ -167,46 +168,52 @@ class _BatchStatsNorm(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
-        # The sums are sent whatever this rank needs, for another may need what this one does not.
-        layout, kernels, comm, tail, bias_dtype, has_residual = ctx.options
-        try:
-            input, weight, bias, gate, statistics = ctx.saved_tensors  # raises where one was modified in place
-        except Exception as error:
-            core.refuse(error, _backward_message(layout, grad_output), comm)
-        if grad_output is None:
-            grad_output = torch.zeros_like(input)
-        dx = _empty(layout, input)
-        grad_residual = grad_output if has_residual else None
-        gates: tuple[Tensor, ...] = ()
-        if gate is not None:
-            grad_residual = _empty(layout, input)
-            gates = layout.flatten(gate), layout.flatten(grad_residual)
-        grad_weight, grad_bias = core.backward(
-            layout.flatten(grad_output),
-            layout.flatten(input),
-            layout.flatten(dx),
-            weight,
-            bias,
-            statistics,
-            kernels,
-            comm,
-            tail,
-            *gates,
-        )
-        return (
-            dx,
-            None if weight is None else grad_weight.to(weight.dtype),
-            None if bias_dtype is None else grad_bias.to(bias_dtype),
-            grad_residual,
-            None,
-        )
+        # once_differentiable makes the gradients' own differentiation an error, which costs as much as a small batch.
+        function = once_differentiable(_backward) if torch.is_grad_enabled() else _backward
+        gradients: tuple[Tensor | None, ...] = function(ctx, grad_output)
+        return gradients
+
+
+def _backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+    # The sums are sent whatever this rank needs, for another may need what this one does not.
+    layout, kernels, comm, tail, bias_dtype, has_residual = ctx.options
+    try:
+        input, weight, bias, gate, statistics = ctx.saved_tensors  # raises where one was modified in place
+    except Exception as error:
+        core.refuse(error, _backward_message(layout, grad_output), comm)
+    if grad_output is None:
+        grad_output = torch.zeros_like(input)
+    dx = _empty(layout, input)
+    grad_weight = None if weight is None else torch.empty_like(weight)
+    grad_bias = None if bias_dtype is None else statistics.new_empty(layout.shape[1], dtype=bias_dtype)
+    grad_residual = grad_output if has_residual else None
+    gates: tuple[Tensor, ...] = ()
+    if gate is not None:
+        grad_residual = _empty(layout, input)
+        gates = layout.flatten(gate), layout.flatten(grad_residual)
+    core.backward(
+        layout.flatten(grad_output),
+        layout.flatten(input),
+        layout.flatten(dx),
+        weight,
+        bias,
+        grad_weight,
+        grad_bias,
+        statistics,
+        kernels,
+        comm,
+        tail,
+        *gates,
+    )
+    return dx, grad_weight, grad_bias, grad_residual, None
 
 
 def _empty(layout: Layout, like: Tensor) -> Tensor:
     """Returns a dense tensor of that layout, to be filled."""
-    return torch.empty_strided(layout.shape, layout.strides, dtype=like.dtype, device=like.device)
+    y = torch.empty_strided(layout.shape, layout.strides, dtype=like.dtype, device=like.device)
+    prefer_huge_pages(y)
+    return y
 
 
 def _forward_message(input: Any, num_features: int, weight: Any, bias: Any, running: core.Running) -> Tensor | None:

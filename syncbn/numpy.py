@@ -166,12 +166,13 @@ class SyncBatchNorm:
         flat, flat_dy = layout.flatten(x), layout.flatten(dy.astype(x.dtype, copy=False))
         dx = np.empty(flat.shape, x.dtype)
         kernels = select(flat)
+        self.grad_weight = None if self.weight is None else np.empty_like(self.weight)
+        self.grad_bias = None if self.bias is None else np.empty_like(self.bias)
+        gradients = self.grad_weight, self.grad_bias
         if comm is None:
-            grad_weight, grad_bias = core.eval_backward(flat_dy, flat, dx, weight, None, statistics, kernels)
+            core.eval_backward(flat_dy, flat, dx, weight, *gradients, statistics, kernels)
         else:
-            grad_weight, grad_bias = core.backward(flat_dy, flat, dx, weight, None, statistics, kernels, comm, PLAIN)
-        self.grad_weight = None if self.weight is None else grad_weight.astype(self.weight.dtype)
-        self.grad_bias = None if self.bias is None else grad_bias.astype(self.bias.dtype)
+            core.backward(flat_dy, flat, dx, weight, None, *gradients, statistics, kernels, comm, PLAIN)
         result: Array = layout.restore(dx)
         return result
 

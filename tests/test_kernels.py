@@ -87,7 +87,7 @@ def test_no_implementation_has_public_functions_beside_the_contract():
     for kernels in (reference, aten, cpu):
         public = {n for n, v in vars(kernels).items() if inspect.isfunction(v) and not n.startswith("_")}
         own = {n for n in public if vars(kernels)[n].__module__ == kernels.__name__}
-        assert own - {"serves", "instruction_set"} == set(NAMES)
+        assert own - {"serves", "instruction_set", "prefer_huge_pages"} == set(NAMES)
 
 
 def test_select_takes_the_fastest_that_serves(monkeypatch):
@@ -123,7 +123,7 @@ def test_combine(implementation, buffers, center):
     running = [None, None] if buffers is None else [np.array([1, 2], buffers), np.array([3, 4], buffers)]
     batches = None if buffers is None else np.array(6)
     found, center_, batches, *running = implementation.arrays(moments, center, batches, *running)
-    assert implementation.combine(found, center_, *running, batches, 0.25, 1e-3) is None
+    assert implementation.combine(found, center_, *running, batches, 0.25, 1e-3) == 8.0
     mean = (0.0 if center is None else center) + np.array([3, 4]) / 8
     var = np.array([9, 16]) / 8 - (np.array([3, 4]) / 8) ** 2
     np.testing.assert_allclose(found, [*mean, *(1 / np.sqrt(var + 1e-3)), 8.0], rtol=1e-15)
@@ -143,8 +143,8 @@ def test_combine_updates_buffers_of_any_strides_and_of_two_dtypes(implementation
     np.testing.assert_allclose(running_var, (np.array([9, 16]) / 8 - np.array([9, 16]) / 64) * 8 / 7, rtol=2.0**-11)
 
 
-@pytest.mark.parametrize("count", [0.0, 1.0, float("nan")])
-def test_combine_leaves_running_statistics_of_no_variance_untouched(implementation, count):
+@pytest.mark.parametrize("count", [0.0, 1.0, 8.5, float("nan")])
+def test_combine_leaves_running_statistics_of_no_valid_count_untouched(implementation, count):
     moments = np.array([2.0, 4.0, count]) if count else np.zeros(3)
     moments, *running = implementation.arrays(moments, np.array([5.0]), np.array([6.0]), np.array(7))
     implementation.combine(moments, None, *running, 0.5, 1e-5)
@@ -172,6 +172,19 @@ def test_backward_reduce(implementation, arrays):
     x, dy, statistics, *_ = arrays
     found = implementation.backward_reduce(*implementation.arrays(dy, x, statistics), None, None)
     np.testing.assert_allclose(found, reference.backward_reduce(dy, x, statistics, None, None), **SUM)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_gradients_of_weight_and_bias(implementation, arrays, dtype):
+    x, dy, statistics, *_ = arrays
+    c = x.shape[1]
+    wanted = implementation.arrays(*np.full((2, c), np.nan, dtype))
+    sums = implementation.backward_reduce(*implementation.arrays(dy, x, statistics), None, None, *wanted)
+    expected = np.asarray(sums)[c:] * statistics[c:-1], np.asarray(sums)[:c]
+    for found, value in zip(wanted, expected, strict=True):
+        np.testing.assert_allclose(found, value, rtol=np.finfo(dtype).eps, atol=np.finfo(dtype).smallest_subnormal)
+    again = implementation.backward_reduce(*implementation.arrays(dy, x, statistics), None, None, None, wanted[1])
+    np.testing.assert_array_equal(again, sums)
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -296,7 +309,7 @@ def test_temporaries_do_not_grow_with_the_input():
         lambda: aten.elemt(x, statistics, vector, vector, out),
         lambda: aten.elemt(x, statistics, vector, vector, out, Tail("silu"), x),
         lambda: aten.backward_reduce(x, x, statistics, vector, vector),
-        lambda: aten.backward_reduce(x, x, statistics, vector, vector, Tail("silu"), x, out),
+        lambda: aten.backward_reduce(x, x, statistics, vector, vector, vector, vector, Tail("silu"), x, out),
         lambda: aten.backward_elemt(x, x, statistics, vector, vector, torch.ones(32), out),
         lambda: aten.backward_elemt(
             x, x, statistics, vector, vector, torch.ones(32), out, Tail("leaky_relu", 0.1, True)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from test_kernels import ELEMENT, IMPLEMENTATIONS, SHAPES, SUM, filled
 
-from syncbn.kernels import Tail, aten, cpu, reference, weight_floor
+from syncbn.kernels import Tail, aten, cpu, reference
+from syncbn.kernels.tail import weight_floor
 
 TAILS = [Tail(), Tail("relu"), Tail("leaky_relu", 0.25), Tail("silu")]
 IN_PLACE = [Tail("none", 0.0, True), Tail("leaky_relu", 0.25, True)]
@@ -55,8 +56,8 @@ def test_backward(implementation, shape, tail, with_residual):
     g, found_g = np.empty_like(x), implementation.arrays(np.full_like(x, np.nan))[0]
     gates = (gate, g) if with_residual else ()
     found_gates = (*implementation.arrays(gate), found_g) if with_residual else ()
-    sums = reference.backward_reduce(dy, x, *vectors, tail, *gates)
-    found = implementation.backward_reduce(*implementation.arrays(dy, x, *vectors), tail, *found_gates)
+    sums = reference.backward_reduce(dy, x, *vectors, None, None, tail, *gates)
+    found = implementation.backward_reduce(*implementation.arrays(dy, x, *vectors), None, None, tail, *found_gates)
     # silu's derivative is of float32; the sums have up to 500 terms of order 1.
     tolerance = {"rtol": 1e-6, "atol": 500 * 2.0**-23} if tail.activation == "silu" else SUM
     np.testing.assert_allclose(found, sums, **tolerance)
@@ -76,7 +77,7 @@ def test_in_place(implementation, shape, tail):
     x, dy, _, statistics, weight, bias = case(shape)
     vectors = statistics, weight, bias
     ordinary = tail._replace(in_place=False)
-    sums = reference.backward_reduce(dy, x, *vectors, ordinary)
+    sums = reference.backward_reduce(dy, x, *vectors, tail=ordinary)
     dx = filled(reference.backward_elemt, dy, x, *vectors, sums, tail=ordinary)
     z = filled(reference.elemt, x, *vectors)
     (found,) = implementation.arrays(x)
@@ -84,7 +85,7 @@ def test_in_place(implementation, shape, tail):
     implementation.elemt(found, *arrays, found, tail)
     np.testing.assert_allclose(found, filled(reference.elemt, x, *vectors, tail=ordinary), **ELEMENT)
     (found_dy,) = implementation.arrays(dy)
-    found_sums = implementation.backward_reduce(found_dy, found, *arrays, tail)
+    found_sums = implementation.backward_reduce(found_dy, found, *arrays, tail=tail)
     # z is known from y to a roundoff of its terms and one more of z itself.
     scale = abs(statistics[x.shape[1] : -1] * weight)[:, None]
     xmu_off = 6 * 2.0**-24 * (abs(z) + 2 * abs(bias[:, None])) / scale
@@ -111,7 +112,7 @@ def test_the_smallest_weight_in_place(implementation, dtype):
     assert floor == (2.0**-10 if dtype in ("bfloat16", "float16") else 2.0**-17)
     implementation.elemt(x, *arguments, x, IN_PLACE[0])
     assert x[0, :, 0].tolist() == [floor, floor, -floor, 0.5]
-    sums = implementation.backward_reduce(x * 0 + 1, x, *arguments, IN_PLACE[0])
+    sums = implementation.backward_reduce(x * 0 + 1, x, *arguments, tail=IN_PLACE[0])
     np.testing.assert_allclose(sums, [2.0] * 4 + [-1.0] * 4, rtol=1e-3)
 
 
@@ -131,7 +132,7 @@ def test_cpu_and_aten_give_the_same_bits(shape, dtype):
         if r is not None and not tail.in_place and tail.activation != "none":
             g, expected = torch.empty_like(x), torch.empty_like(x)
             for kernels, out in ((cpu, g), (aten, expected)):
-                kernels.backward_reduce(dy, x, *vectors, tail, y, out)
+                kernels.backward_reduce(dy, x, *vectors, None, None, tail, y, out)
             assert torch.equal(g, expected), tail
         seen = y if tail.in_place else x
         dx, expected = (filled(k.backward_elemt, dy, seen, *vectors, sums, tail=tail) for k in (cpu, aten))

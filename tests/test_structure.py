@@ -87,7 +87,11 @@ def test_public_names_are_bound():
         _ = syncbn.SyncBatchNrom
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *sorted(TESTS.glob("*.py"))], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path",
+    [*SOURCES, *sorted(TESTS.glob("*.py")), *sorted((TESTS.parent / "benchmarks").glob("*.py"))],
+    ids=lambda p: p.name,
+)
 def test_files_are_one_room_each(path):
     assert len(path.read_text().splitlines()) <= 400
     assert path.stem not in ("util", "utils", "helpers", "common", "misc")

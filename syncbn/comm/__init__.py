@@ -4,11 +4,14 @@
 |--------|--------------------------------------------------------------|
 | local  | nothing: a world of one                                      |
 | torch  | any torch.distributed ProcessGroup                           |
+| mpi    | an MPI communicator of mpi4py's                              |
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol, runtime_checkable
 
 from .local import LocalCommunicator as LocalCommunicator
@@ -46,24 +49,38 @@ def as_communicator(group: Any) -> Communicator:
 
     Args:
         group: None (torch.distributed's default group where it is initialised, else this process alone), a
-            ProcessGroup, a one-dimensional DeviceMesh, or a Communicator.
+            ProcessGroup, a one-dimensional DeviceMesh, an mpi4py communicator, or a Communicator.
 
     Raises:
         TypeError: anything else.
-        ValueError: a group this process is not in, or a mesh of more than one dimension.
+        ValueError: a group this process is not in, a mesh of more than one dimension, or an intercommunicator.
+        RuntimeError: an MPI world that is smaller than the launcher says.
     """
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available():
-        from .torch import communicator_of
-
+    for communicator_of in _loaded():
         communicator = communicator_of(group)
         if communicator is not None:
             return communicator
-    elif group is None:
+    if group is None:
         return LocalCommunicator()
     if isinstance(group, Communicator) and not isinstance(group, type):
         return group
     raise TypeError(
-        "expected process_group to be None, a ProcessGroup, a one-dimensional DeviceMesh or a Communicator; got "
-        f"{type(group).__name__}: see syncbn.comm.Communicator for what an object of your own must have"
+        "expected process_group to be None, a ProcessGroup, a one-dimensional DeviceMesh, an mpi4py communicator or a "
+        f"Communicator; got {type(group).__name__}: see syncbn.comm.Communicator for what an object of your own must have"
     )
+
+
+# By the library whose groups they know: functions that return the communicator of a group, or None.
+_LIBRARIES = {"torch.distributed": "torch", "mpi4py.MPI": "mpi"}
+_functions: dict[str, Callable[[Any], Communicator | None]] = {}
+
+
+def _loaded() -> Iterable[Callable[[Any], Communicator | None]]:
+    """Returns the functions for the libraries that have been imported; of others there can be no groups."""
+    if len(_functions) < len(_LIBRARIES):
+        for library, module in _LIBRARIES.items():
+            loaded = sys.modules.get(library)
+            if library in _functions or loaded is None or not getattr(loaded, "is_available", lambda: True)():
+                continue
+            _functions[library] = importlib.import_module(f".{module}", __name__).communicator_of
+    return _functions.values()

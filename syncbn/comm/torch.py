@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from typing import Any
@@ -62,6 +63,7 @@ def communicator_of(group: Any) -> TorchCommunicator | LocalCommunicator | None:
     return None
 
 
+@functools.cache
 def _warn_of_a_launcher() -> None:
     """Warns, once, in a process that a launcher made one of many but that has not joined the others."""
     if os.environ.get("WORLD_SIZE", "1") != "1":

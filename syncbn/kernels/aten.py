@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import PLAIN, Tail, weight_floor
+from .tail import PLAIN, Tail, weight_floor
 
 # Elements per tile: on a CPU a float64 copy then takes 1 MiB, within a core's cache; an accelerator wants few launches.
 _TILE_CPU = 1 << 17
@@ -79,13 +79,11 @@ def combine(
     num_batches_tracked: Tensor | None,
     momentum: float | Tensor,
     eps: float,
-) -> None:
-    """Mean, invstd and count from the moments of all ranks, in place, without reading any on the host.
-
-    See the package's contract.
-    """
+) -> float | None:
+    """Mean, invstd and count from the moments of all ranks, in place. See the package's contract."""
     c = len(moments) // 2
     count = moments[-1]
+    valid = (count > 1) & (count == count.floor())
     n = count.clamp(min=1)
     offset = moments[:c] / n
     mean = offset if center is None else center + offset
@@ -93,13 +91,14 @@ def combine(
     var = (moments[c:-1] / n - offset * offset).clamp(min=0)
     moments[:c], moments[c:-1] = mean, (var + eps).rsqrt()
     if num_batches_tracked is not None:
-        num_batches_tracked.add_(count > 1)
+        num_batches_tracked.add_(valid)
     if running_mean is not None and running_var is not None:
         unbiased = var * (count / (count - 1).clamp(min=1))
-        # where, not a factor of 0: with count < 2 (or a refused rank's NaN) nothing may be written, NaN included.
+        # where, not a factor of 0: of no valid count (a refused rank's is NaN) nothing may be written, NaN included.
         for running, batch in ((running_mean, mean), (running_var, unbiased)):
             updated = running + momentum * (batch - running)
-            running.copy_(torch.where(count > 1, updated, running))
+            running.copy_(torch.where(valid, updated, running))
+    return float(count) if count.is_cpu else None
 
 
 def elemt(
@@ -126,6 +125,8 @@ def backward_reduce(
     statistics: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    grad_weight: Tensor | None = None,
+    grad_bias: Tensor | None = None,
     tail: Tail = PLAIN,
     gate: Tensor | None = None,
     g: Tensor | None = None,
@@ -146,6 +147,10 @@ def backward_reduce(
         sum_dy_xmu.add(tile[1], wide * xmu)
     sum_dy.finish()
     sum_dy_xmu.finish()
+    if grad_weight is not None:
+        grad_weight.copy_(sums[c:] * statistics[c:-1])
+    if grad_bias is not None:
+        grad_bias.copy_(sums[:c])
     return sums
 
 

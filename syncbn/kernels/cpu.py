@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from . import PLAIN, Tail, weight_floor
+from .tail import PLAIN, Tail, weight_floor
 
 
 class _Codes(dict[Any, int]):
@@ -26,6 +26,7 @@ class _Codes(dict[Any, int]):
 
 _NAMES = ("float64", "float32", "bfloat16", "float16")
 _CODES = _Codes()
+_HUGE_BYTES = 4_000_000
 _ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 1, "silu": 2}
 
 
@@ -38,13 +39,14 @@ def _load() -> ctypes.CDLL | None:
     library = ctypes.CDLL(spec.origin)
     pointer, integer, size, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_double
     shape, tail = [size] * 3, [integer, real, real]
-    library.syncbn_isa.restype = ctypes.c_char_p
+    library.syncbn_isa.restype, library.syncbn_combine.restype = ctypes.c_char_p, real
     for name, arguments in {
         "isa": [],
+        "prefer_huge_pages": [pointer, ctypes.c_size_t],
         "stats": [integer, pointer, *shape, pointer, pointer],
         "combine": [pointer, pointer, size, integer, *[pointer] * 3, real, real],
         "elemt": [integer, *[pointer] * 3, *shape, *[pointer] * 3, *tail],
-        "backward_reduce": [integer, *[pointer] * 4, *shape, *[pointer] * 4, *tail],
+        "backward_reduce": [integer, *[pointer] * 4, *shape, *[pointer] * 6, *tail],
         "backward_elemt": [integer, *[pointer] * 3, *shape, *[pointer] * 4, *tail],
     }.items():
         getattr(library, f"syncbn_{name}").argtypes = arguments
@@ -64,6 +66,16 @@ def serves(x: Any) -> bool:
     return _library is not None and (isinstance(x, np.ndarray) or x.device.type == "cpu")
 
 
+def prefer_huge_pages(x: Any) -> None:
+    """Asks for huge pages for a tensor that is still to be written, where it is large enough for that to pay.
+
+    A copy into 51 MB of fresh memory took 43 ms in 4 KiB pages, 11 ms in huge ones, 7 ms into memory that had been
+    used; into 4 MB 3.1 and 1.8 ms, into 2 MB 1.1 and 1.3 ms.
+    """
+    if _library is not None and x.nbytes >= _HUGE_BYTES and x.is_cpu:
+        _library.syncbn_prefer_huge_pages(x.data_ptr(), x.nbytes)
+
+
 def stats(x: Any, center: Any) -> Any:
     """Sums, sums of squares and the count of one rank's x. See the package's contract."""
     (x,) = _dense(x)
@@ -81,7 +93,7 @@ def combine(
     num_batches_tracked: Any,
     momentum: Any,
     eps: float,
-) -> None:
+) -> float:
     """Mean, invstd and count from the moments of all ranks, in place. See the package's contract."""
     mean, var, code = running_mean, running_var, 0
     if mean is not None:
@@ -91,11 +103,13 @@ def combine(
             mean, var = _cast(mean, "float64"), _cast(var, "float64")
         code = _CODES[mean.dtype]
     of_moments, of_center, *buffers = _addresses(moments, center, mean, var, num_batches_tracked)
-    _library.syncbn_combine(of_moments, of_center, len(moments) // 2, code, *buffers, float(momentum), eps)
+    c = moments.shape[0] // 2
+    count: float = _library.syncbn_combine(of_moments, of_center, c, code, *buffers, float(momentum), eps)
     if mean is not running_mean:
         running_mean[...] = mean
     if var is not running_var:
         running_var[...] = var
+    return count
 
 
 def elemt(x: Any, statistics: Any, weight: Any, bias: Any, y: Any, tail: Tail = PLAIN, residual: Any = None) -> None:
@@ -113,6 +127,8 @@ def backward_reduce(
     statistics: Any,
     weight: Any,
     bias: Any,
+    grad_weight: Any = None,
+    grad_bias: Any = None,
     tail: Tail = PLAIN,
     gate: Any = None,
     g: Any = None,
@@ -120,10 +136,18 @@ def backward_reduce(
     """Sums of g and of g * (x - mean) of one rank. See the package's contract."""
     dy, x, gate, out, weight, bias = _dense(dy, x, gate, g, *_parameters(x, weight, bias))
     sums = _empty(x, 2 * x.shape[1])
-    addresses = _addresses(dy, x, gate, out, statistics, weight, bias, sums)
+    # The library fills gradients of the accumulate dtype, as they mostly are.
+    direct = [
+        v if v is not None and _CODES[v.dtype] == min(_CODES[x.dtype], 1) else None for v in (grad_weight, grad_bias)
+    ]
+    addresses = _addresses(dy, x, gate, out, statistics, weight, bias, *direct, sums)
     _library.syncbn_backward_reduce(_CODES[x.dtype], *addresses[:4], *x.shape, *addresses[4:], *_tail(x, tail))
     if out is not g:
         g[...] = out
+    if direct[0] is not grad_weight:
+        grad_weight[...] = sums[x.shape[1] :] * statistics[x.shape[1] : -1]
+    if direct[1] is not grad_bias:
+        grad_bias[...] = sums[: x.shape[1]]
     return sums
 
 

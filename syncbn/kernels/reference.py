@@ -43,7 +43,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import PLAIN, Tail, weight_floor
+from .tail import PLAIN, Tail, weight_floor
 
 Array = NDArray[Any]
 
@@ -79,30 +79,30 @@ def combine(
     num_batches_tracked: Array | None,
     momentum: float,
     eps: float,
-) -> None:
+) -> float:
     """Mean, invstd and count from the moments of all ranks, in place. See the package's contract.
 
     >>> v = np.array([4.0, 10.0, 2.0])
-    >>> combine(v, None, None, None, None, 0.1, 0.0)
-    >>> v
-    array([2., 1., 2.])
+    >>> combine(v, None, None, None, None, 0.1, 0.0), v
+    (2.0, array([2., 1., 2.]))
     """
     c = len(moments) // 2
-    count = moments[-1]
+    count = float(moments[-1])
     n = np.maximum(count, 1)
     offset = moments[:c] / n
     mean = offset if center is None else center + offset
     # max: rounding may leave a tiny negative difference where all elements are equal.
     var = np.maximum(moments[c:-1] / n - offset * offset, 0.0)
     moments[:c], moments[c:-1] = mean, 1.0 / np.sqrt(var + eps)
-    if not count > 1:
-        return
+    if not (count > 1 and count.is_integer()):
+        return count
     if num_batches_tracked is not None:
         num_batches_tracked += 1
     if running_mean is not None and running_var is not None:
         unbiased = var * (count / (count - 1))
         running_mean[...] = running_mean + momentum * (mean - running_mean)
         running_var[...] = running_var + momentum * (unbiased - running_var)
+    return count
 
 
 def elemt(
@@ -126,6 +126,8 @@ def backward_reduce(
     statistics: Array,
     weight: Array | None,
     bias: Array | None,
+    grad_weight: Array | None = None,
+    grad_bias: Array | None = None,
     tail: Tail = PLAIN,
     gate: Array | None = None,
     g: Array | None = None,
@@ -134,7 +136,12 @@ def backward_reduce(
     gradient, xmu = _differentiate(dy, x, statistics, weight, bias, tail, gate)
     if g is not None:
         g[...] = gradient
-    return np.concatenate([_channel_sums(gradient), _channel_sums(gradient * xmu)])
+    sum_dy, sum_dy_xmu = _channel_sums(gradient), _channel_sums(gradient * xmu)
+    if grad_weight is not None:
+        grad_weight[...] = sum_dy_xmu * statistics[x.shape[1] : -1]
+    if grad_bias is not None:
+        grad_bias[...] = sum_dy
+    return np.concatenate([sum_dy, sum_dy_xmu])
 
 
 def backward_elemt(

@@ -1,6 +1,10 @@
 // The C interface of the CPU kernels: the instruction set is picked at load; what is per channel is done here.
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <vector>
 
 #include "kernels.h"
@@ -76,15 +80,22 @@ void elemt(int dtype, const void* x, const void* residual, void* y, Shape shape,
 
 template <class A>
 void backward_reduce(int dtype, const void* dy, const void* x, const void* gate, void* g, Shape shape,
-                     const double* statistics, const void* weight, const void* bias, Tail tail, double weight_floor,
-                     double* sums) {
-  PerChannel<A> k(statistics, shape.c, weight, bias, weight_floor);
-  if (!tail.in_place) return kernels.backward_reduce(dtype, dy, x, gate, g, shape, k.channels(statistics), tail, sums);
-  k.scale = inverse(k.scale);
-  // What is recovered from y is x minus the rounded mean.
-  std::vector<double> excess(shape.c);
-  for (long i = 0; i < shape.c; ++i) excess[i] = double(k.mean[i]) - statistics[i];
-  kernels.backward_reduce(dtype, dy, x, gate, g, shape, k.channels(excess.data()), tail, sums);
+                     const double* statistics, const void* weight, const void* bias, void* grad_weight, void* grad_bias,
+                     Tail tail, double weight_floor, double* sums) {
+  const long c = shape.c;
+  PerChannel<A> k(statistics, c, weight, bias, weight_floor);
+  if (tail.in_place) {
+    k.scale = inverse(k.scale);
+    // What is recovered from y is x minus the rounded mean.
+    std::vector<double> excess(c);
+    for (long i = 0; i < c; ++i) excess[i] = double(k.mean[i]) - statistics[i];
+    kernels.backward_reduce(dtype, dy, x, gate, g, shape, k.channels(excess.data()), tail, sums);
+  } else {
+    kernels.backward_reduce(dtype, dy, x, gate, g, shape, k.channels(statistics), tail, sums);
+  }
+  A *of_weight = static_cast<A*>(grad_weight), *of_bias = static_cast<A*>(grad_bias);
+  for (long i = 0; of_weight && i < c; ++i) of_weight[i] = A(sums[c + i] * statistics[c + i]);
+  for (long i = 0; of_bias && i < c; ++i) of_bias[i] = A(sums[i]);
 }
 
 template <class A>
@@ -112,13 +123,24 @@ void backward_elemt(int dtype, const void* dy, const void* x, void* dx, Shape sh
 
 SYNCBN_API const char* syncbn_isa() { return kernels.name; }
 
+// Asks for huge pages where memory is still to come from the system: its pages then come, cleared, some hundred at a time.
+SYNCBN_API void syncbn_prefer_huge_pages(void* address, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  const uintptr_t page = sysconf(_SC_PAGESIZE), begin = reinterpret_cast<uintptr_t>(address) / page * page;
+  // A wish: where the system has no huge pages, or not here, nothing is lost.
+  (void)madvise(reinterpret_cast<void*>(begin), reinterpret_cast<uintptr_t>(address) + bytes - begin, MADV_HUGEPAGE);
+#else
+  (void)address, (void)bytes;
+#endif
+}
+
 SYNCBN_API void syncbn_stats(int dtype, const void* x, long n, long c, long s, const double* center, double* moments) {
   kernels.stats(dtype, x, {n, c, s}, center, moments);
 }
 
-// Turns the moments of all ranks into statistics, in place.
-SYNCBN_API void syncbn_combine(double* moments, const double* center, long c, int running_dtype, void* running_mean,
-                               void* running_var, int64_t* batches, double momentum, double eps) {
+// Turns the moments of all ranks into statistics, in place; returns the count.
+SYNCBN_API double syncbn_combine(double* moments, const double* center, long c, int running_dtype, void* running_mean,
+                                 void* running_var, int64_t* batches, double momentum, double eps) {
   const double count = moments[2 * c], elements = std::max(count, 1.0);
   std::vector<double> vars(c);
   for (long k = 0; k < c; ++k) {
@@ -127,12 +149,13 @@ SYNCBN_API void syncbn_combine(double* moments, const double* center, long c, in
     vars[k] = difference < 0 ? 0 : difference;  // rounding; a NaN stays
     moments[c + k] = 1 / std::sqrt(vars[k] + eps);
   }
-  if (!(count > 1)) return;
+  if (!(count > 1) || count != std::floor(count)) return count;
   if (batches) ++*batches;
-  if (!running_mean) return;
+  if (!running_mean) return count;
   for (double& var : vars) var *= count / (count - 1);
   update(running_dtype, running_mean, moments, c, momentum);
   update(running_dtype, running_var, vars.data(), c, momentum);
+  return count;
 }
 
 SYNCBN_API void syncbn_elemt(int dtype, const void* x, const void* residual, void* y, long n, long c, long s,
@@ -145,10 +168,11 @@ SYNCBN_API void syncbn_elemt(int dtype, const void* x, const void* residual, voi
 
 SYNCBN_API void syncbn_backward_reduce(int dtype, const void* dy, const void* x, const void* gate, void* g, long n,
                                        long c, long s, const double* statistics, const void* weight, const void* bias,
-                                       double* sums, int activation, double slope, double weight_floor) {
+                                       void* grad_weight, void* grad_bias, double* sums, int activation, double slope,
+                                       double weight_floor) {
   const Tail tail{activation, slope, weight_floor > 0};
   (dtype == kFloat64 ? backward_reduce<double> : backward_reduce<float>)(
-      dtype, dy, x, gate, g, {n, c, s}, statistics, weight, bias, tail, weight_floor, sums);
+      dtype, dy, x, gate, g, {n, c, s}, statistics, weight, bias, grad_weight, grad_bias, tail, weight_floor, sums);
 }
 
 SYNCBN_API void syncbn_backward_elemt(int dtype, const void* dy, const void* x, void* dx, long n, long c, long s,
