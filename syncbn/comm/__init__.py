@@ -66,7 +66,7 @@ def as_communicator(group: Any) -> Communicator:
         return group
     raise TypeError(
         "expected process_group to be None, a ProcessGroup, a one-dimensional DeviceMesh, an mpi4py communicator or a "
-        f"Communicator; got {type(group).__name__}: see syncbn.comm.Communicator for what an object of your own must have"
+        f"Communicator; got {type(group).__name__}: see syncbn.comm.Communicator for what one of your own must have"
     )
 
 

@@ -77,8 +77,8 @@ def _check_job_size(size: int) -> None:
         if size == 1 and os.environ.get(name, "1") not in ("", "1"):
             raise RuntimeError(
                 f"expected MPI.COMM_WORLD of {os.environ[name]} processes, for the launcher set {name}; got 1: mpirun "
-                f"and mpi4py's MPI library, {MPI.Get_library_version().split(',')[0]}, are not of one installation; use "
-                "the mpirun beside that library"
+                f"and mpi4py's MPI library, {MPI.Get_library_version().split(',')[0]}, are not of one installation; "
+                "use the mpirun beside that library"
             )
 
 
