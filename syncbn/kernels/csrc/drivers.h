@@ -83,33 +83,37 @@ constexpr long kRows = 8;    // of a channel that are summed together: as many s
 // Adds the sums of op over elements [begin, end) of a row of one channel, and of the rows - 1 that follow `stride` later.
 template <class Op>
 inline void reduce_rows(const Op& op, long c, long begin, long end, long rows, long stride, Totals& totals) {
+  constexpr int ways = 4;  // sums side by side, so that none waits for the one before
+  constexpr long width = ways * kDoubles;
   const auto v = op.template channel<Double>(c);
   const auto u = op.template channel<double>(c);
-  Sum<Double> a, b;
-  Double a0{}, a1{}, a2{}, a3{}, b0{}, b1{}, b2{}, b3{};
+  Sum<Double> a_total, b_total;
+  Double a[ways]{}, b[ways]{};
   double a_tail = 0, b_tail = 0;
   long steps = 0;  // of plain addition so far
   for (long r = 0; r < rows; ++r, begin += stride, end += stride) {
     long i = begin;
-    while (i + 4 * kDoubles <= end) {
-      const long count = std::min((end - i) / (4 * kDoubles), kBlock - steps);
-      for (const long stop = i + count * 4 * kDoubles; i < stop; i += 4 * kDoubles) {
-        op.add(i, v, a0, b0);
-        op.add(i + kDoubles, v, a1, b1);
-        op.add(i + 2 * kDoubles, v, a2, b2);
-        op.add(i + 3 * kDoubles, v, a3, b3);
+    while (i + width <= end) {
+      const long count = std::min((end - i) / width, kBlock - steps);
+      for (const long stop = i + count * width; i < stop; i += width) {
+#pragma GCC unroll 4
+        for (int w = 0; w < ways; ++w) op.add(i + w * kDoubles, v, a[w], b[w]);
       }
       if ((steps += count) == kBlock) {
-        a.add((a0 + a1) + (a2 + a3)), b.add((b0 + b1) + (b2 + b3));
-        a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = Double{};
+#pragma GCC unroll 4
+        for (int w = 0; w < ways; ++w) {
+          a_total.add(a[w]), b_total.add(b[w]);
+          a[w] = b[w] = Double{};
+        }
         steps = 0;
       }
     }
-    for (; i + kDoubles <= end; i += kDoubles) op.add(i, v, a0, b0);
+    for (; i + kDoubles <= end; i += kDoubles) op.add(i, v, a[0], b[0]);
     for (; i < end; ++i) op.add(i, u, a_tail, b_tail);
   }
-  a.add((a0 + a1) + (a2 + a3)), b.add((b0 + b1) + (b2 + b3));
-  totals.add(c, simd::sum(a.value()) + a_tail, simd::sum(b.value()) + b_tail);
+#pragma GCC unroll 4
+  for (int w = 0; w < ways; ++w) a_total.add(a[w]), b_total.add(b[w]);
+  totals.add(c, simd::sum(a_total.value()) + a_tail, simd::sum(b_total.value()) + b_tail);
 }
 
 constexpr long kStrip = 256;  // channels whose plain sums stay in the first-level cache
