@@ -46,8 +46,20 @@ class Kind:
 
 
 KINDS = {
-    "layer": Kind(("operation", "layout", "dtype"), "mode", BASE, f"speed-up against {BASE}", logarithmic=True),
-    "kernels": Kind(("buffers", "layout", "dtype"), "kernel", BOUND, "fraction of the bound", logarithmic=False),
+    "layer": Kind(
+        ("operation", "layout", "dtype"),
+        "mode",
+        BASE,
+        f"speed-up against {BASE}; right of 1 is faster",
+        logarithmic=True,
+    ),
+    "kernels": Kind(
+        ("buffers", "layout", "dtype"),
+        "kernel",
+        BOUND,
+        "fraction of memory's speed in the same cache or memory",
+        logarithmic=False,
+    ),
 }
 
 
@@ -203,10 +215,11 @@ def _scale(axes: Sequence[Any], kind: Kind) -> None:
 def _subtitle(fingerprint: dict[str, Any]) -> str:
     ranks = f"{fingerprint['ranks']} ranks, " if fingerprint["ranks"] else ""
     crowded = ", OVERSUBSCRIBED" if fingerprint["oversubscribed"] else ""
+    kernels = fingerprint["instruction_set"] or "no C++ kernels"
+    commit = f" ({fingerprint['commit']})" if fingerprint["commit"] else ""
     return (
-        f"{fingerprint['cpu']} ({fingerprint['instruction_set']}), {ranks}threads a process: {fingerprint['threads']}"
-        f"{crowded}; torch {fingerprint['torch']}, syncbn {fingerprint['syncbn']} ({fingerprint['commit']}); "
-        "bars p50, whiskers p20 to p80"
+        f"{fingerprint['cpu']} ({kernels}), {ranks}threads a process: {fingerprint['threads']}{crowded}; "
+        f"torch {fingerprint['torch']}, syncbn {fingerprint['syncbn']}{commit}; bars p50, whiskers p20 to p80"
     )
 
 

@@ -13,6 +13,8 @@ from typing import IO, Any
 import torch
 from tqdm import tqdm
 
+from syncbn.kernels import cpu
+
 from . import cases
 from .machine import fingerprint
 from .ranks import World
@@ -157,6 +159,10 @@ class Report:
                 self._print(f"# {key}: {_text(value)}")
             if self._fingerprint["oversubscribed"]:
                 self._print("# OVERSUBSCRIBED: more threads than cores; times are those of waiting for a core")
+            if self._fingerprint["instruction_set"] is None:
+                self._print(f"# WITHOUT the C++ kernels: {cpu.absence()}")
+            if "speedup" in self._columns:
+                self._print("# speedup: against nn.BatchNorm, which synchronises nothing; above 1 is faster")
             self._print("#")
             self._print("# " + self._line(dict(zip(self._columns, self._columns, strict=True))))
         return self

@@ -10,7 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import comm as comm
     from . import functional as functional
+    from . import numpy as numpy
     from .nn import SyncBatchNorm as SyncBatchNorm
     from .nn import SyncBatchNormAct as SyncBatchNormAct
     from .nn import convert_sync_batchnorm as convert_sync_batchnorm
@@ -22,16 +24,18 @@ __all__ = [
     "SyncBatchNorm",
     "SyncBatchNormAct",
     "__version__",
+    "comm",
     "convert_sync_batchnorm",
     "functional",
+    "numpy",
     "revert_sync_batchnorm",
     "scale_loss",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "functional":
-        return importlib.import_module(".functional", __name__)
+    if name in ("comm", "functional", "numpy"):
+        return importlib.import_module(f".{name}", __name__)
     if name in __all__:
         return getattr(importlib.import_module(".nn", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,6 +16,8 @@ from .kernels import PLAIN, Tail, select
 from .kernels.cpu import prefer_huge_pages
 from .layout import Layout, check_arguments, layout_of
 
+__all__ = ["sync_batch_norm"]
+
 
 def sync_batch_norm(
     input: Tensor,

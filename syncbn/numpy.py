@@ -13,6 +13,8 @@ from .comm import Communicator, LocalCommunicator
 from .kernels import PLAIN, select
 from .layout import Layout, check_arguments, layout_of
 
+__all__ = ["SyncBatchNorm"]
+
 Array = NDArray[Any]
 _STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 

@@ -87,7 +87,7 @@ def test_no_implementation_has_public_functions_beside_the_contract():
     for kernels in (reference, aten, cpu):
         public = {n for n, v in vars(kernels).items() if inspect.isfunction(v) and not n.startswith("_")}
         own = {n for n in public if vars(kernels)[n].__module__ == kernels.__name__}
-        assert own - {"serves", "instruction_set", "prefer_huge_pages"} == set(NAMES)
+        assert own - {"serves", "instruction_set", "absence", "prefer_huge_pages"} == set(NAMES)
 
 
 def test_select_takes_the_fastest_that_serves(monkeypatch):

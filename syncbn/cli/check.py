@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .. import SyncBatchNorm
 from .. import numpy as numpy_frontend
 from ..comm import as_communicator
+from ..kernels import cpu
 from .launch import under_launcher
 from .tolerance import allowed_errors
 
@@ -89,7 +90,8 @@ def check(seed: int) -> int:
             print(f"{'ok  ' if passed else 'FAIL'}  {case!s:<50}  {_describe(case, outcomes)}", flush=True)
     if rank == 0:
         where = f"{ranks} ranks" if ranks > 1 else "one process (start ranks with: torchrun ... -m syncbn check)"
-        print(f"{len(cases)} checks on {where}: {f'{failed} failed' if failed else 'all ok'}", flush=True)
+        kernels = f"kernels cpu, {cpu.instruction_set()}" if cpu.instruction_set() else "kernels aten and reference"
+        print(f"{len(cases)} checks on {where}, {kernels}: {f'{failed} failed' if failed else 'all ok'}", flush=True)
     if initialise:
         dist.destroy_process_group()
     return 1 if failed else 0

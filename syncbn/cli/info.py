@@ -59,7 +59,7 @@ def _kernels(torch: Any) -> dict[str, str]:
         "aten": f"{aten}: torch tensors, on any device with float64",
         "cpu": f"available: CPU tensors and NumPy arrays, C++, instruction set {isa}"
         if (isa := cpu.instruction_set())
-        else "not available: installed without a C++ compiler (GCC or Clang); with one, install again",
+        else f"not available: {cpu.absence()}",
     }
 
 

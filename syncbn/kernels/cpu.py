@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,16 @@ _library: Any = _load()
 def instruction_set() -> str | None:
     """Returns the instruction set in use (avx512, avx2 or baseline), or None where there is no compiled library."""
     return None if _library is None else _library.syncbn_isa().decode()
+
+
+def absence() -> str:
+    """Returns why there is no compiled library, where there is none, and what to do."""
+    if (Path(__file__).parent / "csrc").is_dir():
+        return (
+            "imported from a source folder, where pip install --editable builds it with GCC or Clang; an installed "
+            "package is imported from any other folder"
+        )
+    return "installed without a C++ compiler (GCC or Clang); with one, install again"
 
 
 def serves(x: Any) -> bool:

@@ -135,7 +135,9 @@ def revert_sync_batchnorm(module: M) -> M:
             layer.__dict__["process_group"] = original.group.group
     if unknown:
         warnings.warn(
-            f"left as they are, synchronised, because they are classes of their own: {', '.join(unknown)}", stacklevel=2
+            "left as they are, synchronised, for no BatchNorm layer does what they do (subclasses, and each "
+            f"SyncBatchNormAct that was not converted from one): {', '.join(unknown)}",
+            stacklevel=2,
         )
     return module
 

@@ -45,20 +45,22 @@ class SyncBatchNormAct(SyncBatchNorm):
         **options: those of SyncBatchNorm.
 
     Shape:
-        input and residual: (N, C, ...), of one dtype; N may be 0 and may differ between ranks. The result: as input.
+        input and residual (none in place): (N, C, ...), of one dtype; N may be 0 and may differ between ranks. The
+        result: as input.
 
     Collective:
         as SyncBatchNorm.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as SyncBatchNorm; and for a residual of another shape or dtype, or with
-            inplace.
+        ValueError, TypeError, RuntimeError: as SyncBatchNorm; and for a residual of another shape or dtype, or any in
+            place, where it would keep the input from being recovered.
 
     References:
         S. Rota Bulo, L. Porzi, P. Kontschieder, "In-Place Activated BatchNorm", 2018,
         https://arxiv.org/abs/1712.02616.
 
     Example:
+        >>> import torch
         >>> layer = SyncBatchNormAct(3, act="relu")
         >>> x = torch.randn(4, 3, 8, 8)
         >>> layer(x, residual=x).min() >= 0
