@@ -111,4 +111,5 @@ def backward(
 
 def _slope(before: Tensor, activation: str) -> Tensor:
     """Returns the derivative of a piecewise linear activation through 0: the activation is it times its argument."""
-    return torch.where(before > 0, 1.0, {"none": 1.0, "relu": 0.0, "leaky_relu": LEAKY_SLOPE}[activation]).double()
+    below = {"none": 1.0, "relu": 0.0, "leaky_relu": LEAKY_SLOPE}[activation]
+    return torch.where(before > 0, torch.ones_like(before), below)

@@ -124,6 +124,8 @@ def read(file: Path) -> tuple[dict[str, Any], list[Row]]:
         raise ValueError(f"expected {file.name} to begin with a fingerprint line; got none: {advice}")
     if records[0]["program"] not in KINDS:
         raise ValueError(f"expected rows of layer or kernels in {file.name}; got {records[0]['program']}: {advice}")
+    if len(records) < 2 or any(record.get("record") == "fingerprint" for record in records[1:]):
+        raise ValueError(f"expected a fingerprint line and then rows in {file.name}; got none, or two runs: {advice}")
     return records[0], records[1:]
 
 

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from . import core
 from .comm import Communicator, as_communicator
-from .kernels import PLAIN, Tail, select
+from .kernels import PLAIN, Tail, check_tail, select
 from .kernels.cpu import prefer_huge_pages
 from .layout import Layout, check_arguments, layout_of
 
@@ -97,10 +97,12 @@ def batch_stats_norm(
     """
     try:
         _check(input, num_features, running.mean, running.var, weight, bias, running.momentum, eps)
-        if torch.is_grad_enabled():
-            _check_autograd(input, weight, bias, tail)
+        check_tail(tail)
         if residual is not None:
-            _check_residual(residual, input, tail)
+            check_residual(residual, input, tail)
+        if tail.in_place:
+            _check_in_place(input)
+        _check_autograd(input, weight, bias, residual)
     except Exception as error:
         core.refuse(error, _forward_message(input, num_features, weight, bias, running), comm)
     y: Tensor = _BatchStatsNorm.apply(  # type: ignore[no-untyped-call]
@@ -182,10 +184,11 @@ def _backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]
     layout, kernels, comm, tail, bias_dtype, has_residual = ctx.options
     try:
         input, weight, bias, gate, statistics = ctx.saved_tensors  # raises where one was modified in place
+        if grad_output is None or grad_output._is_zerotensor():
+            grad_output = torch.zeros_like(input)
+        _check_memory("a gradient", grad_output)
     except Exception as error:
         core.refuse(error, _backward_message(layout, grad_output), comm)
-    if grad_output is None:
-        grad_output = torch.zeros_like(input)
     dx = _empty(layout, input)
     grad_weight = None if weight is None else torch.empty_like(weight)
     grad_bias = None if bias_dtype is None else statistics.new_empty(layout.shape[1], dtype=bias_dtype)
@@ -214,7 +217,8 @@ def _backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]
 def _empty(layout: Layout, like: Tensor) -> Tensor:
     """Returns a dense tensor of that layout, to be filled."""
     y = torch.empty_strided(layout.shape, layout.strides, dtype=like.dtype, device=like.device)
-    prefer_huge_pages(y)
+    if not torch.compiler.is_compiling():
+        prefer_huge_pages(y)
     return y
 
 
@@ -248,43 +252,78 @@ def _check(
     eps: float,
 ) -> None:
     """Refuses arguments that do not fit each other, before anything is sent or changed."""
-    if not isinstance(input, Tensor) or input.layout != torch.strided or input.is_nested:
-        kind = f"a {input.layout} tensor" if isinstance(input, Tensor) else type(input).__name__
-        raise TypeError(f"expected input to be a dense torch.Tensor; got {kind}: convert it first")
+    _check_memory("input", input)
     device = input.device
     for v in (weight, bias, running_mean, running_var):
-        if v is not None and not (isinstance(v, Tensor) and v.device == device):
+        if v is not None and not (isinstance(v, Tensor) and v.device == device and v.layout == torch.strided):
             vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
             _refuse_vector(next(name for name, vector in vectors.items() if vector is v), v, device)
     check_arguments(input, num_features, weight, bias, running_mean, running_var, momentum, eps)
 
 
 def _refuse_vector(name: str, v: Any, device: torch.device) -> NoReturn:
-    if not isinstance(v, Tensor):
-        raise TypeError(f"expected {name} to be a torch.Tensor or None; got {type(v).__name__}: convert it first")
+    if not isinstance(v, Tensor) or v.layout != torch.strided:
+        kind = f"a {v.layout} tensor" if isinstance(v, Tensor) else type(v).__name__
+        raise TypeError(f"expected {name} to be a dense torch.Tensor or None; got {kind}: convert it first")
     raise ValueError(f"expected {name} on the input's device, {device}; got {v.device}: move both to one device")
 
 
-def _check_autograd(input: Tensor, weight: Tensor | None, bias: Tensor | None, tail: Tail) -> None:
-    """Refuses, with gradients enabled, an input that autograd cannot save or that must not be overwritten."""
-    if input.is_inference() and (
-        (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
-    ):
+def _check_memory(name: str, v: Any) -> None:
+    """Refuses what is no tensor with dense memory that the kernels could read."""
+    if not isinstance(v, Tensor):
+        kind = type(v).__name__
+    elif v.is_nested or v.layout != torch.strided:
+        kind = "a nested tensor" if v.is_nested else f"a {v.layout} tensor"
+    elif v.is_cpu and type(v) is not Tensor and not torch.compiler.is_compiling() and not _has_memory(v):
+        kind = f"a {type(v).__name__} without memory of its own"
+    else:
+        return
+    raise TypeError(f"expected {name} to be a dense torch.Tensor; got {kind}: convert it first")
+
+
+def _has_memory(v: Tensor) -> bool:
+    try:
+        return v.data_ptr() != 0 or v.numel() == 0
+    except RuntimeError:  # what tensors that only describe others say
+        return False
+
+
+def _check_autograd(input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> None:
+    """Refuses, with gradients enabled, what autograd cannot save."""
+    if not torch.is_grad_enabled() or not (input.is_inference() or (residual is not None and residual.is_inference())):
+        return
+    if any(v is not None and v.requires_grad for v in (input, weight, bias, residual)):
         raise ValueError(
-            "expected an input that autograd can save; got an inference tensor: clone it outside inference mode"
-        )
-    if tail.in_place and input.requires_grad and input.is_leaf:
-        raise ValueError(
-            "expected an input that may be overwritten; got a leaf tensor that requires its gradient: use inplace=False"
+            "expected an input and a residual that autograd can save; got an inference tensor: clone it outside "
+            "inference mode"
         )
 
 
-def _check_residual(residual: Tensor, input: Tensor, tail: Tail) -> None:
+def _check_in_place(input: Tensor) -> None:
+    """Refuses an input that must not be overwritten, as autograd would after the messages have been sent."""
+    reason = ""
+    if any(stride == 0 and size > 1 for stride, size in zip(input.stride(), input.shape, strict=True)):
+        reason = "an expanded tensor"
+    elif input.is_inference() and not torch.is_inference_mode_enabled():
+        reason = "an inference tensor outside inference mode"
+    elif torch.is_grad_enabled() and input.requires_grad:
+        base = input._base if input._is_view() else input
+        if input.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
+            reason = "a leaf tensor that requires its gradient, or a view of one"
+        elif input._is_view() and _made_with_others(input):
+            reason = "one of several views made at once (say, by chunk, or by a module with backward hooks)"
+    if reason:
+        raise ValueError(f"expected an input that may be overwritten; got {reason}: use inplace=False")
+
+
+def _made_with_others(view: Tensor) -> bool:
+    autograd = torch._C._autograd
+    return bool(autograd._get_creation_meta(view) != autograd.CreationMeta.DEFAULT)
+
+
+def check_residual(residual: Tensor, input: Tensor, tail: Tail) -> None:
     """Refuses a residual that cannot be added to the normalised input."""
-    if not isinstance(residual, Tensor) or residual.layout != torch.strided:
-        raise TypeError(
-            f"expected residual to be a dense torch.Tensor; got {type(residual).__name__}: convert it first"
-        )
+    _check_memory("residual", residual)
     if (residual.shape, residual.dtype, residual.device) != (input.shape, input.dtype, input.device):
         raise ValueError(
             f"expected a residual of the input's shape, dtype and device, {tuple(input.shape)} {input.dtype} on "

@@ -268,7 +268,11 @@ def test_an_error_in_backward_on_one_rank_leaves_nobody_waiting():
 
 BAD_ARGUMENTS = {
     "weight_length": ({"weight": torch.ones(5)}, ValueError, "of one shape"),
-    "weight_list": ({"weight": [1.0, 1.0, 1.0]}, TypeError, "expected weight to be a torch.Tensor or None; got list"),
+    "weight_list": (
+        {"weight": [1.0, 1.0, 1.0]},
+        TypeError,
+        "expected weight to be a dense torch.Tensor or None; got list",
+    ),
     "integer_mean": ({"running_mean": torch.zeros(3, dtype=torch.int64)}, TypeError, "expected running_mean of dtype"),
     "eps_zero": ({"eps": 0.0}, ValueError, "expected eps above 0; got 0.0"),
     "eps_nan": ({"eps": float("nan")}, ValueError, "expected eps above 0; got nan"),
@@ -356,3 +360,38 @@ def test_numpy_backward_is_that_of_forwards_weight():
             layer.weight *= 7
         dx.append(layer.backward(np.eye(3, 2)))
     np.testing.assert_array_equal(*dx)
+
+
+def test_gradients_of_zeros_without_memory_are_zeros():
+    x = torch.randn(4, 3, requires_grad=True)
+    syncbn.SyncBatchNorm(3)(x).sgn().sum().backward()
+    assert torch.equal(x.grad, torch.zeros(4, 3))
+
+
+def test_negative_views_are_what_they_show():
+    x = torch.randn(4, 3, 5, 5)
+    torch.testing.assert_close(syncbn.SyncBatchNorm(3)(torch._neg_view(x)), syncbn.SyncBatchNorm(3)(-x))
+
+
+def test_tensors_without_memory_are_refused():
+    class Wrapper(torch.Tensor):
+        @staticmethod
+        def __new__(cls, shape):
+            return torch.Tensor._make_wrapper_subclass(cls, shape)
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            raise NotImplementedError(func)
+
+    layer = syncbn.SyncBatchNorm(3)
+    with pytest.raises(TypeError, match="got a Wrapper without memory of its own"):
+        layer(Wrapper((4, 3)))
+    assert layer.num_batches_tracked == 0
+
+
+def test_a_compiled_layer_takes_batches_of_several_sizes():
+    layer = syncbn.SyncBatchNorm(4)
+    compiled = torch.compile(layer, backend="eager")
+    for n in (4, 5, 6):
+        x = torch.randn(n, 4, 8, 8)
+        torch.testing.assert_close(compiled(x), syncbn.SyncBatchNorm(4)(x))

@@ -59,6 +59,22 @@ def test_converting_twice_changes_nothing_more():
     assert classes(syncbn.revert_sync_batchnorm(model))[1:3] == ["BatchNorm2d", "ReLU"]
 
 
+@pytest.mark.parametrize("part", [lambda m: m[1], lambda m: m[1:3]], ids=["layer", "slice"])
+def test_reverting_a_part_keeps_the_activation(part):
+    model = syncbn.convert_sync_batchnorm(block(), fuse=True)
+    syncbn.revert_sync_batchnorm(part(model))
+    norm_and_act = nn.Sequential(*list(model)[:3])
+    assert norm_and_act(torch.randn(4, 3, 6, 6)).min() == 0
+    syncbn.revert_sync_batchnorm(model)
+    assert classes(model)[1:3] == ["BatchNorm2d", "ReLU"]
+
+
+def test_the_activation_comes_back_in_the_models_mode():
+    model = syncbn.convert_sync_batchnorm(block(), fuse=True).eval()
+    syncbn.revert_sync_batchnorm(model)
+    assert not any(m.training for m in model.modules())
+
+
 class Between(nn.Sequential):
     """A Sequential that looks at what is between its layers."""
 
@@ -72,6 +88,19 @@ def hooked(index):
     return model
 
 
+def replaced_forward(index):
+    model = syncbn.convert_sync_batchnorm(block())
+    forward = model[index].forward
+    model[index].forward = lambda x: forward(x)
+    return model
+
+
+def own_attribute():
+    model = block()
+    model[1].act = "mine"
+    return model
+
+
 def shared():
     model = block()
     return nn.Sequential(model, nn.Sequential(nn.Conv2d(2, 4, 1), model[1]))
@@ -80,6 +109,9 @@ def shared():
 @pytest.mark.parametrize(
     "make",
     [
+        lambda: replaced_forward(1),
+        lambda: replaced_forward(2),
+        own_attribute,
         lambda: Between(*block()),
         lambda: hooked(1),
         lambda: hooked(2),
@@ -90,7 +122,20 @@ def shared():
         lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Identity(), nn.ReLU()),
         lambda: nn.ModuleList(block()),
     ],
-    ids=["own_forward", "hooked_layer", "hooked_act", "shared", "relu6", "negative", "subclass", "apart", "list"],
+    ids=[
+        "replaced_norm",
+        "replaced_act",
+        "own_attribute",
+        "own_forward",
+        "hooked_layer",
+        "hooked_act",
+        "shared",
+        "relu6",
+        "negative",
+        "subclass",
+        "apart",
+        "list",
+    ],
 )
 def test_what_could_change_a_result_is_not_fused(make):
     model = syncbn.convert_sync_batchnorm(make(), fuse=True)

@@ -153,6 +153,23 @@ def test_combine_leaves_running_statistics_of_no_valid_count_untouched(implement
         assert np.isfinite(np.asarray(moments)).all()
 
 
+@pytest.mark.parametrize("dtype", ["int32", "float32", "float64"])
+def test_combine_counts_batches_in_a_counter_of_any_dtype(implementation, dtype):
+    """As averages of checkpoints leave one; and writes to nothing beside it."""
+    moments, counters = implementation.arrays(np.array([3.0, 9.0, 8.0]), np.array([-1, 7], dtype))
+    implementation.combine(moments, None, None, None, counters[:1].reshape(()), 0.1, 1e-5)
+    assert counters.tolist() == [0, 7]
+
+
+def test_sums_of_infinities_are_infinite(implementation):
+    x, dy = np.ones((2, 3, 40), np.float32), np.ones((2, 3, 40), np.float32)
+    x[0, 1, 7], dy[1, 2, 8] = np.inf, -np.inf
+    x, dy, statistics = implementation.arrays(x, dy, np.array([0.0] * 3 + [1.0] * 4))
+    moments, sums = implementation.stats(x, None), implementation.backward_reduce(dy, x, statistics, None, None)
+    assert [float(v) for v in moments[:3]] == [80, np.inf, 80]
+    assert [float(v) for v in sums[:3]] == [80, 80, -np.inf]
+
+
 def test_combine_never_takes_the_root_of_a_negative_variance(implementation):
     (moments,) = implementation.arrays(np.array([3 * 0.1, 3 * 0.1 * 0.1 * (1 - 1e-15), 3.0]))
     implementation.combine(moments, None, None, None, None, 0.1, 1e-12)

@@ -226,22 +226,46 @@ def test_what_the_layer_cannot_be_is_refused(options, message):
         syncbn.SyncBatchNormAct(3, **options)
 
 
+def inference_tensor():
+    with torch.inference_mode():
+        return torch.randn(4, 3, 5, 5)
+
+
+def leaf():
+    return torch.randn(4, 3, 5, 5, requires_grad=True)
+
+
+RESIDUALS = {
+    "shape": lambda: torch.randn(4, 3, 5, 1),
+    "dtype": lambda: torch.randn(4, 3, 5, 5).double(),
+    "type": lambda: [1.0],
+    "sparse": lambda: torch.randn(4, 3, 5, 5).to_sparse(),
+    "inference": inference_tensor,
+}
+IN_PLACE = {
+    "leaf": leaf,
+    "view_of_a_leaf": lambda: leaf().view(4, 3, 25),
+    "one_of_several_views": lambda: (torch.randn(4, 6, 5, 5, requires_grad=True) * 1).chunk(2, 1)[0],
+    "expanded": lambda: torch.randn(1, 3, 5, 5).expand(4, 3, 5, 5),
+    "inference_in_place": inference_tensor,
+}
+
+
 def _wrong_on_rank_1(rank, group, wrong):
-    layer = layer_of(3, "none", wrong == "leaf", torch.float32, group)
+    layer = layer_of(3, "none", wrong in IN_PLACE, torch.float32, group)
     before = copy.deepcopy(layer.state_dict())
     x, residual = torch.randn(4, 3, 5, 5), None
     if rank == 1:
-        residual = {
-            "shape": torch.randn(4, 3, 5, 1),
-            "dtype": torch.randn(4, 3, 5, 5).double(),
-            "type": [1.0],
-            "leaf": None,
-        }[wrong]
-        x.requires_grad_(wrong == "leaf")
+        x = IN_PLACE[wrong]() if wrong in IN_PLACE else x
+        residual = RESIDUALS[wrong]() if wrong in RESIDUALS else None
+    if rank == 1 and wrong == "act":
+        layer.act = "gelu"
+    values = x.detach().clone()
     try:
         layer(x, residual)
     finally:
         assert all(torch.equal(v, before[name]) for name, v in layer.state_dict().items())
+        assert torch.equal(x, values)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +274,13 @@ def _wrong_on_rank_1(rank, group, wrong):
         ("shape", r"ValueError: \[rank 1/2\] expected a residual of the input's shape, .* got \(4, 3, 5, 1\)"),
         ("dtype", r"ValueError: \[rank 1/2\] expected a residual .* got .*float64"),
         ("type", r"TypeError: \[rank 1/2\] expected residual to be a dense torch.Tensor; got list"),
-        ("leaf", r"ValueError: \[rank 1/2\] expected an input that may be overwritten; got a leaf"),
+        (
+            "sparse",
+            r"TypeError: \[rank 1/2\] expected residual to be a dense torch.Tensor; got a torch.sparse_coo tensor",
+        ),
+        ("inference", r"ValueError: \[rank 1/2\] expected an input and a residual that autograd can save"),
+        ("act", r"ValueError: \[rank 1/2\] expected act to be one of none, .*; got 'gelu'"),
+        *((name, r"ValueError: \[rank 1/2\] expected an input that may be overwritten; got") for name in IN_PLACE),
     ],
 )
 def test_what_one_rank_refuses_raises_on_all(wrong, message):
@@ -260,10 +290,42 @@ def test_what_one_rank_refuses_raises_on_all(wrong, message):
     assert "another rank refused its input" in str(errors[0])
 
 
-def test_a_residual_in_place_is_refused():
-    x = torch.randn(4, 3)
+@pytest.mark.parametrize("training", [True, False])
+def test_residuals_are_refused_alike_in_training_and_evaluation(training):
+    x = torch.randn(4, 3, 5, 5)
     with pytest.raises(ValueError, match="expected no residual in place"):
-        syncbn.SyncBatchNormAct(3, "none", inplace=True)(x, x.clone())
+        syncbn.SyncBatchNormAct(3, "none", inplace=True).train(training)(x, x.clone())
+    for residual in (torch.randn(3, 1, 1), x.double(), 1.0):
+        with pytest.raises((TypeError, ValueError), match=r"expected (a )?residual"):
+            syncbn.SyncBatchNormAct(3).train(training)(x, residual)
+
+
+def test_evaluation_never_overwrites_the_input():
+    x = torch.randn(4, 3)
+    before = x.clone()
+    syncbn.SyncBatchNormAct(3, "none", inplace=True, track_running_stats=False).eval()(x)
+    assert torch.equal(x, before)
+
+
+def test_a_layer_that_is_made_invalid_says_so():
+    layer = syncbn.SyncBatchNormAct(3, "relu")
+    layer.inplace = True
+    for mode in (True, False):
+        with pytest.raises(ValueError, match="expected an act that can be inverted"):
+            layer.train(mode)(torch.randn(4, 3))
+    assert layer.num_batches_tracked == 0
+    with pytest.raises(TypeError, match="expected negative_slope to be a number; got str"):
+        syncbn.SyncBatchNormAct(3, "leaky_relu", negative_slope="0.1")
+
+
+def test_nan_is_not_hidden_by_relu():
+    x, residual = torch.randn(6, 2, 3), torch.randn(6, 2, 3, requires_grad=True)
+    x[0, 0, 0] = float("nan")
+    layer = syncbn.SyncBatchNormAct(2)
+    layer(x, residual).square().sum().backward()
+    assert residual.grad[:, 0].isnan().all()
+    assert layer.bias.grad[0].isnan()
+    assert torch.isfinite(residual.grad[:, 1]).all()
 
 
 def test_the_layer_says_what_it_is_and_survives_copies():

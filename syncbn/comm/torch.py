@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import warnings
 from typing import Any
@@ -63,9 +62,15 @@ def communicator_of(group: Any) -> TorchCommunicator | LocalCommunicator | None:
     return None
 
 
-@functools.cache
+_looked_for_a_launcher = False
+
+
 def _warn_of_a_launcher() -> None:
     """Warns, once, in a process that a launcher made one of many but that has not joined the others."""
+    global _looked_for_a_launcher
+    if _looked_for_a_launcher:
+        return
+    _looked_for_a_launcher = True
     if os.environ.get("WORLD_SIZE", "1") != "1":
         warnings.warn(
             f"launched as one of {os.environ['WORLD_SIZE']} processes, but torch.distributed is not initialised: "

@@ -44,6 +44,7 @@ from . import cpu
 from .tail import ACTIVATIONS as ACTIVATIONS
 from .tail import PLAIN as PLAIN
 from .tail import Tail as Tail
+from .tail import check_tail as check_tail
 
 
 def select(x: Any) -> ModuleType:

@@ -220,7 +220,7 @@ def _differentiate(
     g, v = dy[tile].to(affine.mean.dtype), x[tile].to(affine.mean.dtype)
     if tail.in_place:
         slope = 1.0 if tail.activation == "none" else tail.slope
-        return torch.where(v > 0, g, g * slope), affine.inverse(torch.where(v < 0, v * (1 / slope), v), tile[1])
+        return torch.where(v <= 0, g * slope, g), affine.inverse(torch.where(v < 0, v * (1 / slope), v), tile[1])
     xmu = v - affine.mean[tile[1], None]
     if tail.activation == "none":
         return g, xmu
@@ -231,7 +231,7 @@ def _differentiate(
         p = z.sigmoid()
         return g * (p * (1 + z * (1 - p))), xmu
     z = affine.forward(xmu, tile[1]) if gate is None else gate[tile]
-    return torch.where(z > 0, g, g * tail.slope if tail.slope else 0.0), xmu
+    return torch.where(z <= 0, g * tail.slope if tail.slope else 0.0, g), xmu
 
 
 def _activate(z: Tensor, tail: Tail) -> Tensor:

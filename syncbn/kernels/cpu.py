@@ -2,13 +2,12 @@
 
 The library has a plain C interface on raw addresses, so that one build serves every version of torch, and the NumPy
 frontend as well. Loaded after torch, it shares torch's OpenMP threads. It is compiled for several instruction sets and
-picks one at load. Element-wise results are the same bits as the aten kernels'.
+picks one at load. Element-wise results are the same bits as the aten kernels', but for silu's.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -113,13 +112,18 @@ def combine(
         if mean.dtype != var.dtype:
             mean, var = _cast(mean, "float64"), _cast(var, "float64")
         code = _CODES[mean.dtype]
-    of_moments, of_center, *buffers = _addresses(moments, center, mean, var, num_batches_tracked)
+    batches = num_batches_tracked
+    if batches is not None and str(batches.dtype).removeprefix("torch.") != "int64":
+        batches = None  # as some averages of checkpoints have it
+    of_moments, of_center, *buffers = _addresses(moments, center, mean, var, batches)
     c = moments.shape[0] // 2
     count: float = _library.syncbn_combine(of_moments, of_center, c, code, *buffers, float(momentum), eps)
     if mean is not running_mean:
         running_mean[...] = mean
     if var is not running_var:
         running_var[...] = var
+    if batches is not num_batches_tracked and count > 1 and count.is_integer():
+        num_batches_tracked += 1
     return count
 
 
@@ -177,14 +181,20 @@ def _addresses(*arrays: Any) -> list[int | None]:
     """Returns the arrays' addresses, null for None. They are valid as long as the caller holds the arrays."""
     if isinstance(arrays[0], np.ndarray):
         return [None if x is None else x.ctypes.data for x in arrays]
-    return [None if x is None else x.data_ptr() for x in arrays]
+    return [None if x is None else x.data_ptr() or _null(x) for x in arrays]
+
+
+def _null(x: Any) -> int:
+    if x.numel():
+        raise TypeError(f"expected tensors with memory; got a {type(x).__name__} without: convert it first")
+    return 0
 
 
 def _dense(*arrays: Any) -> list[Any]:
     """Returns each array, or a copy in C order where it has other strides or a misaligned address; None for None."""
     if isinstance(arrays[0], np.ndarray):
         return [None if x is None else np.require(x, requirements=("C", "A")) for x in arrays]
-    return [None if x is None else x.contiguous() for x in arrays]
+    return [None if x is None else x.contiguous().resolve_neg() for x in arrays]
 
 
 def _parameters(x: Any, *vectors: Any) -> list[Any]:
@@ -210,11 +220,6 @@ def _empty(like: Any, length: int) -> Any:
     """Returns a float64 vector of like's library."""
     if isinstance(like, np.ndarray):
         return np.empty(length)
-    return like.new_empty(length, dtype=_float64())
-
-
-@functools.cache
-def _float64() -> Any:
     import torch
 
-    return torch.float64
+    return torch.empty(length, dtype=torch.float64)

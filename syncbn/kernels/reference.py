@@ -213,7 +213,7 @@ def _backward(dy: Array, z: Array, tail: Tail) -> Array:
     if tail.activation == "silu":
         g = dy * _sigmoid(z) * (1 + z * (1 - _sigmoid(z)))
         return g
-    g = np.where(z > 0, dy, 0.0 if _slope(tail) == 0 else dy * _slope(tail))
+    g = np.where(z <= 0, 0.0 if _slope(tail) == 0 else dy * _slope(tail), dy)
     return g
 
 

@@ -12,7 +12,7 @@ class Tail(NamedTuple):
 
     Attributes:
         activation: one of ACTIVATIONS.
-        slope: of leaky_relu below 0; at least 0, and in place above it. 0 makes it relu.
+        slope: of leaky_relu below 0; at least 0, in place at least 2^-10. 0 for the others.
         in_place: y overwrites x, and backward recovers x - mean from y. A weight closer to 0 than `weight_floor` then
             counts as that far from it, for at 0 y tells nothing about x.
     """
@@ -32,3 +32,27 @@ def weight_floor(dtype: Any) -> float:
     floor bounds; and it changes y by at most floor standard deviations of x.
     """
     return 2.0**-10 if dtype.itemsize == 2 else 2.0**-17
+
+
+def check_tail(tail: Tail) -> None:
+    """Refuses a tail that the kernels do not have.
+
+    Raises:
+        TypeError: a slope that is no number.
+        ValueError: an unknown activation, one that cannot be inverted in place, or a slope that does not fit.
+    """
+    activation, slope, in_place = tail
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"expected act to be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+    if in_place and activation not in ("none", "leaky_relu"):
+        raise ValueError(
+            "expected an act that can be inverted, none or leaky_relu, with inplace=True; got "
+            f"{activation!r}: use one of them, or inplace=False"
+        )
+    if not isinstance(slope, (int, float)):
+        raise TypeError(f"expected negative_slope to be a number; got {type(slope).__name__}")
+    least = 2.0**-10 if in_place and activation == "leaky_relu" else 0.0
+    if not least <= slope < float("inf"):
+        raise ValueError(
+            f"expected a negative_slope of at least {'2^-10 with inplace=True' if least else '0'}; got {slope}"
+        )

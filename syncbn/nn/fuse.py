@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..kernels import Tail
 from .layer import SyncBatchNorm
@@ -16,11 +16,19 @@ _ATTRIBUTES = ("act", "inplace", "negative_slope")
 
 
 class FusedActivation(nn.Identity):
-    """In the place of an activation that the SyncBatchNormAct before it took over."""
+    """In the place of an activation that the SyncBatchNormAct before it took over: an identity while that activates."""
 
-    def __init__(self, activation: nn.Module) -> None:
+    def __init__(self, activation: nn.Module, layer: SyncBatchNorm) -> None:
         super().__init__()
-        self.__dict__["activation"] = activation  # no submodule, for it does not run
+        self.training = activation.training
+        self.__dict__.update(activation=activation, layer=layer)  # no submodules: it only stands in for one
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns input, or activates it where the layer was reverted without this."""
+        if _MARK in self.__dict__["layer"].__dict__:
+            return input
+        y: Tensor = self.__dict__["activation"](input)
+        return y
 
     def extra_repr(self) -> str:
         """Which activation it was."""
@@ -45,12 +53,12 @@ def _fuse_pairs(parent: nn.Sequential, uses: list[int]) -> None:
         layer, activation = parent._modules[slot], parent._modules[following]
         tail = None if activation is None else _tail_of(activation)
         # A layer that runs in another place, too, need not be followed by the activation there.
-        if tail is None or activation is None or type(layer) is not SyncBatchNorm or _hooked(layer):
+        if tail is None or activation is None or type(layer) is not SyncBatchNorm or _altered(layer):
             continue
-        if uses.count(id(layer)) == 1:
+        if uses.count(id(layer)) == 1 and not any(name in layer.__dict__ for name in _ATTRIBUTES):
             layer.__dict__.update(zip((_MARK, *_ATTRIBUTES), (True, tail.activation, False, tail.slope), strict=True))
             layer.__class__ = SyncBatchNormAct
-            parent._modules[following] = FusedActivation(activation)
+            parent._modules[following] = FusedActivation(activation, layer)
 
 
 def unfuse_activations(module: nn.Module) -> None:
@@ -63,18 +71,19 @@ def unfuse_activations(module: nn.Module) -> None:
             layer.__class__ = SyncBatchNorm  # type: ignore[assignment]
         for slot, child in layer._modules.items():
             if isinstance(child, FusedActivation):
+                child.__dict__["activation"].training = child.training
                 layer._modules[slot] = child.__dict__["activation"]
 
 
 def tail_of_fused(layer: Any) -> Tail | None:
     """Returns the activation of a layer like timm's BatchNormAct2d as a tail, or None where it is to run by itself."""
-    if _MARK not in layer.__dict__ or type(layer.drop) is not nn.Identity or _hooked(layer.drop):
+    if _MARK not in layer.__dict__ or type(layer.drop) is not nn.Identity or _altered(layer.drop):
         return None
     return _tail_of(layer.act)
 
 
 def _tail_of(activation: nn.Module) -> Tail | None:
-    if _hooked(activation):
+    if _altered(activation):
         return None
     if type(activation) is nn.LeakyReLU:
         return Tail("leaky_relu", activation.negative_slope) if activation.negative_slope >= 0 else None
@@ -82,5 +91,7 @@ def _tail_of(activation: nn.Module) -> Tail | None:
     return tails.get(type(activation))
 
 
-def _hooked(layer: nn.Module) -> bool:
-    return any((layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks))
+def _altered(layer: nn.Module) -> bool:
+    """Whether something waits for this very module to run, or runs in its place."""
+    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+    return any(hooks) or "forward" in layer.__dict__

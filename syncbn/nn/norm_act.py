@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..functional import running_stats_norm
-from ..kernels import ACTIVATIONS, Tail
+from ..functional import check_residual, running_stats_norm
+from ..kernels import Tail, check_tail
 from .layer import SyncBatchNorm
 
 _FUNCTIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
@@ -24,10 +24,10 @@ _FUNCTIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
 class SyncBatchNormAct(SyncBatchNorm):
     """SyncBatchNorm, then the sum with a residual, then an activation: y = act(SyncBatchNorm(input) + residual).
 
-    In training each of forward and backward reads and writes memory as often as SyncBatchNorm alone, and what backward
-    needs is what SyncBatchNorm keeps: the input, out of which it computes the activation's derivative again. With a
-    residual it also keeps the result (relu, leaky_relu), which the next layer mostly keeps anyway, or the residual
-    (silu).
+    Without a residual, forward and backward read and write memory as often as SyncBatchNorm alone, and what backward
+    needs is what SyncBatchNorm keeps: the input, out of which it computes the activation's derivative again. With one,
+    backward also needs the result (relu, leaky_relu), which the next layer mostly keeps anyway, or the residual (silu),
+    and writes the residual's gradient.
 
     In place, the result overwrites the input, and backward recovers the one from the other: of the layer and its
     activation one tensor stays alive, where nn.BatchNorm2d and nn.ReLU keep two. Then a weight closer to 0 than 2^-17
@@ -41,7 +41,7 @@ class SyncBatchNormAct(SyncBatchNorm):
         act: none, relu, leaky_relu or silu; in place none or leaky_relu, which can be inverted.
         inplace: whether the result overwrites the input, in training. The layer before must not need its own result for
             backward (a convolution does not), and the input is no leaf that requires its gradient.
-        negative_slope: of leaky_relu, at least 0; in place above 0.
+        negative_slope: of leaky_relu, at least 0; in place at least 2^-10.
         **options: those of SyncBatchNorm.
 
     Shape:
@@ -76,24 +76,15 @@ class SyncBatchNormAct(SyncBatchNorm):
         **options: Any,
     ) -> None:
         super().__init__(num_features, **options)
-        if act not in ACTIVATIONS:
-            raise ValueError(f"expected act to be one of {', '.join(ACTIVATIONS)}; got {act!r}")
-        if inplace and act not in ("none", "leaky_relu"):
-            raise ValueError(
-                f"expected an act that can be inverted, none or leaky_relu, with inplace=True; got {act!r}: use one of "
-                "them, or inplace=False"
-            )
-        if not 0 <= negative_slope < float("inf") or (inplace and act == "leaky_relu" and negative_slope < 2.0**-10):
-            raise ValueError(
-                f"expected a negative_slope of at least {'2^-10 with inplace=True' if inplace else '0'}; got "
-                f"{negative_slope}"
-            )
         self.act, self.inplace, self.negative_slope = act, inplace, negative_slope
+        check_tail(self._tail())
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalises input, adds residual and activates; see the class."""
-        tail = Tail(self.act, self.negative_slope if self.act == "leaky_relu" else 0.0, self.inplace)
-        return norm_act(self, input, tail, residual)
+        return norm_act(self, input, self._tail(), residual)
+
+    def _tail(self) -> Tail:
+        return Tail(self.act, self.negative_slope if self.act == "leaky_relu" else 0.0, self.inplace)
 
     def extra_repr(self) -> str:
         """What distinguishes the layer in its representation."""
@@ -104,7 +95,13 @@ class SyncBatchNormAct(SyncBatchNorm):
 
 def norm_act(layer: SyncBatchNorm, input: Tensor, tail: Tail, residual: Tensor | None = None) -> Tensor:
     """Applies a layer and what follows it; see SyncBatchNormAct."""
-    if layer.training or layer.running_mean is None:
+    if layer.training:
+        return layer._normalise(input, tail, residual)
+    check_tail(tail)
+    if residual is not None:
+        check_residual(residual, input, tail)
+    tail = tail._replace(in_place=False)
+    if layer.running_mean is None:
         return layer._normalise(input, tail, residual)
     y = running_stats_norm(input, layer.running_mean, layer.running_var, layer.weight, layer.bias, layer.eps)
     return _FUNCTIONS[tail.activation](y if residual is None else y.add_(residual), tail.slope)

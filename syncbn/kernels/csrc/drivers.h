@@ -49,7 +49,10 @@ template <class D> struct Sum {
     low += (high - (total - part)) + (v - part);
     high = total;
   }
-  D value() const { return high + low; }
+  D value() const {
+    const D sum = high + low;
+    return sum == sum ? sum : high;  // of infinity, low is NaN
+  }
 };
 
 // Such sums of a and of b for each of c channels; a vector of neighbouring channels is added at once.
@@ -64,7 +67,7 @@ class Totals {
   }
   double value(long channel, int which) const {
     const double* high = v_.data() + 2 * which * c_ + channel;
-    return high[0] + high[c_];
+    return Sum<double>{high[0], high[c_]}.value();
   }
 
  private:

@@ -45,7 +45,7 @@ struct LeakyRelu {
     return simd::bits_of<V>(U(simd::bits_of<U>(v * (sizeof(S) == 8 ? S(slope_d) : S(slope_f))) & Mask(open)));
   }
   template <class V> V forward(V z) const { return z < 0 ? below(z) : z; }
-  template <class V> V backward(V g, V z) const { return z > 0 ? g : below(g); }
+  template <class V> V backward(V g, V z) const { return z <= 0 ? below(g) : g; }  // NaN lets the gradient through
   template <class V> V inverse(V y) const {
     typedef typename simd::Bits<V>::Scalar S;
     return y < 0 ? y * (sizeof(S) == 8 ? S(inverse_d) : S(inverse_f)) : y;
