@@ -80,15 +80,36 @@ class Totals {
   std::vector<double> v_;  // high of a, low of a, high of b, low of b
 };
 
+// What an operation yields of an element: the sums are those of `first` and of `first * second`.
+template <class D> struct Factors { D first, second; };
+
+template <class D> SYNCBN_INLINE void add(const Factors<D>& v, D* a, D* b) {
+  *a += v.first;
+  *b = simd::fma(v.first, v.second, *b);
+}
+SYNCBN_INLINE void add(const Factors<simd::Doubles>& v, Double* a, Double* b) {
+  add(Factors<Double>{v.first.low, v.second.low}, a, b);
+  add(Factors<Double>{v.first.high, v.second.high}, a + 1, b + 1);
+}
+
+// The constants of channels c, c + 1, ...: of one, where D is a scalar.
+template <class D, class Op> SYNCBN_INLINE auto channels(const Op& op, long c) {
+  if constexpr (simd::Lanes<D>::value == 1) return op.template channel<D>(c);
+  else return op.template channels<D>(c);
+}
+
 constexpr long kBlock = 64;  // steps, or rows, of plain addition
 constexpr long kRows = 8;    // of a channel that are summed together: as many streams as processors prefetch
 
 // Adds the sums of op over elements [begin, end) of a row of one channel, and of the rows - 1 that follow `stride` later.
 template <class Op>
 inline void reduce_rows(const Op& op, long c, long begin, long end, long rows, long stride, Totals& totals) {
+  using Wide = typename Op::Sums;
   constexpr int ways = 4;  // sums side by side, so that none waits for the one before
+  constexpr int lanes = simd::Lanes<Wide>::value, step = lanes / kDoubles;
   constexpr long width = ways * kDoubles;
-  const auto v = op.template channel<Double>(c);
+  const auto v = op.template channel<Wide>(c);
+  const auto half = op.template channel<Double>(c);
   const auto u = op.template channel<double>(c);
   Sum<Double> a_total, b_total;
   Double a[ways]{}, b[ways]{};
@@ -100,7 +121,7 @@ inline void reduce_rows(const Op& op, long c, long begin, long end, long rows, l
       const long count = std::min((end - i) / width, kBlock - steps);
       for (const long stop = i + count * width; i < stop; i += width) {
 #pragma GCC unroll 4
-        for (int w = 0; w < ways; ++w) op.add(i + w * kDoubles, v, a[w], b[w]);
+        for (int w = 0; w < ways; w += step) add(op.at(i + w * kDoubles, v), a + w, b + w);
       }
       if ((steps += count) == kBlock) {
 #pragma GCC unroll 4
@@ -111,8 +132,8 @@ inline void reduce_rows(const Op& op, long c, long begin, long end, long rows, l
         steps = 0;
       }
     }
-    for (; i + kDoubles <= end; i += kDoubles) op.add(i, v, a[0], b[0]);
-    for (; i < end; ++i) op.add(i, u, a_tail, b_tail);
+    for (; i + kDoubles <= end; i += kDoubles) add(op.at(i, half), a, b);
+    for (; i < end; ++i) add(op.at(i, u), &a_tail, &b_tail);
   }
 #pragma GCC unroll 4
   for (int w = 0; w < ways; ++w) a_total.add(a[w]), b_total.add(b[w]);
@@ -124,6 +145,34 @@ constexpr long kStrip = 256;  // channels whose plain sums stay in the first-lev
 // roundings to cancel: the squares of integers alone are 0 or 1 modulo 4, and round one way.
 constexpr long kUnroll = 4;
 
+// Adds the sums of op over rows beginning at elements first, first + c, ... to a and b, for channels start + j onwards
+// as long as they fill a D; returns the first channel that is left.
+template <class D, class Op>
+SYNCBN_INLINE long add_rows(const Op& op, long c, long first, long rows, long start, long j, long width, double* a,
+                            double* b) {
+  constexpr int lanes = simd::Lanes<D>::value;
+  using Part = std::conditional_t<lanes == 1, double, Double>;
+  constexpr int parts = sizeof(D) / sizeof(Part), part = lanes / parts;
+  for (; j + lanes <= width; j += lanes) {
+    const auto k = channels<D>(op, start + j);
+    const long i = first + j;
+    Part a0[parts]{}, a1[parts]{}, b0[parts]{}, b1[parts]{};
+    if (rows == kUnroll) {
+      add(op.at(i, k), a0, b0), add(op.at(i + c, k), a1, b1);
+      add(op.at(i + 2 * c, k), a0, b0), add(op.at(i + 3 * c, k), a1, b1);
+    } else {
+      for (long r = 0; r < rows; ++r) add(op.at(i + r * c, k), a0, b0);
+    }
+#pragma GCC unroll 2
+    for (int p = 0; p < parts; ++p) {
+      double *to_a = a + j + p * part, *to_b = b + j + p * part;
+      simd::store(simd::load<Part>(to_a) + (a0[p] + a1[p]), to_a);
+      simd::store(simd::load<Part>(to_b) + (b0[p] + b1[p]), to_b);
+    }
+  }
+  return j;
+}
+
 // Adds the sums of op over `rows` rows of c channels each, the first beginning at element `first`.
 template <class Op> inline void reduce_columns(const Op& op, long c, long first, long rows, Totals& totals) {
   for (long start = 0; start < c; start += kStrip) {
@@ -134,25 +183,9 @@ template <class Op> inline void reduce_columns(const Op& op, long c, long first,
       const long stop = std::min(rows, r + kBlock);
       for (; r < stop; r += kUnroll) {
         const long row = first + r * c + start, together = std::min(kUnroll, stop - r);
-        long j = 0;
-        for (; j + kDoubles <= width; j += kDoubles) {
-          const auto v = op.template channels<Double>(start + j);
-          Double a0{}, a1{}, b0{}, b1{};
-          if (together == kUnroll) {
-            op.add(row + j, v, a0, b0), op.add(row + c + j, v, a1, b1);
-            op.add(row + 2 * c + j, v, a0, b0), op.add(row + 3 * c + j, v, a1, b1);
-          } else {
-            for (long k = 0; k < together; ++k) op.add(row + k * c + j, v, a0, b0);
-          }
-          simd::store(simd::load<Double>(a + j) + (a0 + a1), a + j);
-          simd::store(simd::load<Double>(b + j) + (b0 + b1), b + j);
-        }
-        for (; j < width; ++j) {
-          const auto u = op.template channel<double>(start + j);
-          double a0 = 0, b0 = 0;
-          for (long k = 0; k < together; ++k) op.add(row + k * c + j, u, a0, b0);
-          a[j] += a0, b[j] += b0;
-        }
+        long j = add_rows<typename Op::Sums>(op, c, row, together, start, 0, width, a, b);
+        j = add_rows<Double>(op, c, row, together, start, j, width, a, b);
+        add_rows<double>(op, c, row, together, start, j, width, a, b);
       }
       long j = 0;
       for (; j + kDoubles <= width; j += kDoubles)

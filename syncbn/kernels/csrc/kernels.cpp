@@ -10,6 +10,8 @@ namespace {
 
 using simd::load;
 
+// What sums of elements of type T are added in: as wide as their element-wise arithmetic.
+template <class T> using SumsOf = std::conditional_t<std::is_same_v<T, double>, simd::Double, simd::Doubles>;
 template <class T> struct Accumulate { using type = float; using vector = simd::Float; };
 template <> struct Accumulate<double> { using type = double; using vector = simd::Double; };
 template <class T> using A = typename Accumulate<T>::type;
@@ -20,32 +22,41 @@ template <class D> struct Elementwise<double, D> { using type = D; };
 
 template <class V, class S> inline V splat(S value) {
   if constexpr (simd::Lanes<V>::value == 1) return V(value);
+  else if constexpr (std::is_same_v<V, simd::Doubles>) return {splat<simd::Double>(value), splat<simd::Double>(value)};
   else return V{} + value;
 }
 
 // ---- activations: a function of z, and its backward, from the z or (leaky_relu) from anything of z's sign ----------
 
 struct Identity {
-  explicit Identity(double) {}
   template <class V> V forward(V z) const { return z; }
   template <class V> V backward(V g, V) const { return g; }
 };
 
+struct Relu {
+  static constexpr bool kGateIsOutput = true;
+  // By a mask, through which not even infinity or NaN goes.
+  template <class V, class M> static V keep(V v, M mask) {
+    typedef typename simd::Bits<V>::Same U;
+    if constexpr (simd::Lanes<V>::value == 1) return mask ? v : V(0);
+    else return simd::bits_of<V>(simd::bits_of<U>(v) & U(mask));
+  }
+  template <class V> V forward(V z) const { return keep(z, !(z < 0)); }
+  template <class V> V backward(V g, V z) const { return keep(g, !(z <= 0)); }  // NaN lets the gradient through
+};
+
 struct LeakyRelu {
+  static constexpr bool kGateIsOutput = true;
   float slope_f, inverse_f;
   double slope_d, inverse_d;
-  uint64_t open;  // all ones, or 0 for a slope of 0, by which not even infinity goes through
   explicit LeakyRelu(double slope)
-      : slope_f(float(slope)), inverse_f(float(1 / slope)), slope_d(slope), inverse_d(1 / slope),
-        open(slope != 0 ? ~uint64_t(0) : 0) {}
+      : slope_f(float(slope)), inverse_f(float(1 / slope)), slope_d(slope), inverse_d(1 / slope) {}
   template <class V> V below(V v) const {
     typedef typename simd::Bits<V>::Scalar S;
-    typedef typename simd::Bits<V>::Same U;
-    typedef typename simd::Bits<S>::Same Mask;
-    return simd::bits_of<V>(U(simd::bits_of<U>(v * (sizeof(S) == 8 ? S(slope_d) : S(slope_f))) & Mask(open)));
+    return v * (sizeof(S) == 8 ? S(slope_d) : S(slope_f));
   }
   template <class V> V forward(V z) const { return z < 0 ? below(z) : z; }
-  template <class V> V backward(V g, V z) const { return z <= 0 ? below(g) : g; }  // NaN lets the gradient through
+  template <class V> V backward(V g, V z) const { return z <= 0 ? below(g) : g; }
   template <class V> V inverse(V y) const {
     typedef typename simd::Bits<V>::Scalar S;
     return y < 0 ? y * (sizeof(S) == 8 ? S(inverse_d) : S(inverse_f)) : y;
@@ -53,7 +64,7 @@ struct LeakyRelu {
 };
 
 struct Silu {
-  explicit Silu(double) {}
+  static constexpr bool kGateIsOutput = false;
   // Below this p * z is less than 1e-35, and exp at the end of its range.
   template <class V> static V bounded(V z) {
     typedef typename simd::Bits<V>::Scalar S;
@@ -78,27 +89,27 @@ struct Silu {
 
 // Sums of x - center and of its square.
 template <class T> struct Moments {
+  using Sums = SumsOf<T>;
   const T* x;
   const double* center;
   template <class D> D channel(long c) const { return splat<D>(center ? center[c] : 0.0); }
   template <class D> D channels(long c) const { return center ? load<D>(center + c) : D{}; }
-  template <class D> void add(long i, const D& center_c, D& sum, D& squares) const {
+  template <class D> SYNCBN_INLINE Factors<D> at(long i, const D& center_c) const {
     const D v = load<D>(x + i) - center_c;
-    sum += v;
-    squares = simd::fma(v, v, squares);
+    return {v, v};
   }
 };
 
 // The same about 0, of a dtype whose squares are exact in float64.
 template <class T> struct RawMoments {
+  using Sums = SumsOf<T>;
   const T* x;
-  struct Nothing {};
-  template <class D> Nothing channel(long) const { return {}; }
-  template <class D> Nothing channels(long) const { return {}; }
-  template <class D> void add(long i, Nothing, D& sum, D& squares) const {
+  template <class D> struct Nothing {};
+  template <class D> Nothing<D> channel(long) const { return {}; }
+  template <class D> Nothing<D> channels(long) const { return {}; }
+  template <class D> SYNCBN_INLINE Factors<D> at(long i, Nothing<D>) const {
     const D v = load<D>(x + i);
-    sum += v;
-    squares = simd::fma(v, v, squares);
+    return {v, v};
   }
 };
 
@@ -125,7 +136,7 @@ template <class T, class Activation, bool kResidual> struct Normalise {
   Activation activation;
   template <class V> Affine<V> channel(long c) const { return affine.template channel<V>(c); }
   template <class V> Affine<V> channels(long c) const { return affine.template channels<V>(c); }
-  template <class V> void put(long i, const Affine<V>& k) const {
+  template <class V> SYNCBN_INLINE void put(long i, const Affine<V>& k) const {
     V z = k(load<V>(x + i));
     if constexpr (kResidual) z = z + load<V>(residual + i);
     simd::store(activation.forward(z), y + i);
@@ -146,8 +157,7 @@ template <class T, class Activation, Source kSource> struct Differentiate {
   const T *dy, *x, *gate;
   AffineOf<T> affine;
   Activation activation;
-  bool gate_is_y;  // else the residual
-  template <class V> Terms<V> operator()(long i, const Affine<V>& k) const {
+  template <class V> SYNCBN_INLINE Terms<V> operator()(long i, const Affine<V>& k) const {
     const V g = load<V>(dy + i), v = load<V>(x + i);
     if constexpr (kSource == Source::kPlain) {
       return {g, v - k.mean};
@@ -156,7 +166,7 @@ template <class T, class Activation, Source kSource> struct Differentiate {
       return {activation.backward(g, v), (activation.inverse(v) - k.bias) * k.scale};
     } else if constexpr (kSource == Source::kGated) {
       const V other = load<V>(gate + i);
-      return {activation.backward(g, gate_is_y ? other : k(v) + other), v - k.mean};
+      return {activation.backward(g, Activation::kGateIsOutput ? other : k(v) + other), v - k.mean};
     } else {
       return {activation.backward(g, k(v)), v - k.mean};
     }
@@ -165,6 +175,7 @@ template <class T, class Activation, Source kSource> struct Differentiate {
 
 // Sums of g and of g * (x - mean).
 template <class T, class Activation, Source kSource> struct BackwardSums {
+  using Sums = SumsOf<T>;
   Differentiate<T, Activation, kSource> terms;
   T* g;
   const double* mean;
@@ -180,20 +191,16 @@ template <class T, class Activation, Source kSource> struct BackwardSums {
     using V = typename Elementwise<T, D>::type;
     return {load<D>(mean + c), terms.affine.template channels<V>(c)};
   }
-  template <class D> void add(long i, const Constants<D>& k, D& sum_dy, D& sum_dy_xmu) const {
+  template <class D> SYNCBN_INLINE Factors<D> at(long i, const Constants<D>& k) const {
     if constexpr (kSource == Source::kPlain) {
-      const D d = load<D>(terms.dy + i);
-      sum_dy += d;
-      sum_dy_xmu = simd::fma(d, load<D>(terms.x + i) - k.mean, sum_dy_xmu);
+      return {load<D>(terms.dy + i), load<D>(terms.x + i) - k.mean};
     } else {
       using V = typename Elementwise<T, D>::type;
       const Terms<V> t = terms(i, k.affine);
-      const D d = simd::widen(t.g);
       if constexpr (kSource == Source::kGated) simd::store(t.g, g + i);
-      sum_dy += d;
       // In place, mean is what the rounded mean is above the exact one.
-      const D xmu = kSource == Source::kFromY ? simd::widen(t.xmu) + k.mean : load<D>(terms.x + i) - k.mean;
-      sum_dy_xmu = simd::fma(d, xmu, sum_dy_xmu);
+      if constexpr (kSource == Source::kFromY) return {simd::widen(t.g), simd::widen(t.xmu) + k.mean};
+      else return {simd::widen(t.g), load<D>(terms.x + i) - k.mean};
     }
   }
 };
@@ -214,7 +221,7 @@ template <class T, class Activation, Source kSource> struct InputGradient {
   template <class V> Gradient<V> channels(long c) const {
     return {terms.affine.template channels<V>(c), load<V>(slope + c), load<V>(mean_dy + c), load<V>(scale + c)};
   }
-  template <class V> void put(long i, const Gradient<V>& k) const {
+  template <class V> SYNCBN_INLINE void put(long i, const Gradient<V>& k) const {
     const Terms<V> t = terms(i, k.affine);
     simd::store((t.g - t.xmu * k.slope - k.mean_dy) * k.scale, dx + i);
   }
@@ -242,9 +249,9 @@ template <class F> void with_type(int dtype, const F& f) {
 // Calls f(activation) for that of a tail.
 template <class F> void with_activation(Tail tail, const F& f) {
   switch (tail.activation) {
-    case kNone: return f(Identity(0));
-    case kLeakyRelu: return f(LeakyRelu(tail.slope));
-    case kSilu: return f(Silu(0));
+    case kNone: return f(Identity{});
+    case kLeakyRelu: return tail.slope != 0 ? f(LeakyRelu(tail.slope)) : f(Relu{});
+    case kSilu: return f(Silu{});
   }
 }
 
@@ -278,18 +285,17 @@ void with_source(const void* dy, const void* x, const void* gate, const Channels
   const AffineOf<T> affine(k);
   if (tail.in_place) {  // none is a leaky_relu of slope 1
     const LeakyRelu activation(tail.activation == kNone ? 1.0 : tail.slope);
-    return f(Differentiate<T, LeakyRelu, Source::kFromY>{d, in, other, affine, activation, false});
+    return f(Differentiate<T, LeakyRelu, Source::kFromY>{d, in, other, affine, activation});
   }
   with_activation(tail, [&](auto activation) {
     using Act = decltype(activation);
     if constexpr (std::is_same_v<Act, Identity>) {
-      f(Differentiate<T, Act, Source::kPlain>{d, in, other, affine, activation, false});
+      f(Differentiate<T, Act, Source::kPlain>{d, in, other, affine, activation});
     } else {
       if constexpr (kMayGate) {
-        const bool is_y = tail.activation == kLeakyRelu;
-        if (gate) return f(Differentiate<T, Act, Source::kGated>{d, in, other, affine, activation, is_y});
+        if (gate) return f(Differentiate<T, Act, Source::kGated>{d, in, other, affine, activation});
       }
-      f(Differentiate<T, Act, Source::kFromX>{d, in, other, affine, activation, false});
+      f(Differentiate<T, Act, Source::kFromX>{d, in, other, affine, activation});
     }
   });
 }

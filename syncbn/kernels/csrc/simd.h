@@ -10,6 +10,13 @@
 #include <immintrin.h>
 #endif
 
+// What is called for each few elements: the compiler's own limits stop somewhere among the many kernels of a file.
+#if defined(__SANITIZE_ADDRESS__)
+#define SYNCBN_INLINE inline  // every copy is instrumented, for which the compiler would take many minutes
+#else
+#define SYNCBN_INLINE inline __attribute__((always_inline))
+#endif
+
 namespace simd {
 
 #if defined(__AVX512F__)
@@ -27,8 +34,16 @@ typedef float Float __attribute__((vector_size(kBytes)));
 typedef double Double __attribute__((vector_size(kBytes)));
 typedef float HalfFloat __attribute__((vector_size(kBytes / 2)));  // as many floats as Double has doubles
 
+// As many doubles as Float has floats.
+struct Doubles {
+  Double low, high;
+};
+inline Doubles operator+(const Doubles& a, const Doubles& b) { return {a.low + b.low, a.high + b.high}; }
+inline Doubles operator-(const Doubles& a, const Doubles& b) { return {a.low - b.low, a.high - b.high}; }
+
 // The vector or scalar in which float64 sums of type D take what is computed in float.
 template <class D> struct Narrow;
+template <> struct Narrow<Doubles> { using type = Float; };
 template <> struct Narrow<Double> { using type = HalfFloat; };
 template <> struct Narrow<double> { using type = float; };
 
@@ -38,6 +53,7 @@ struct float16 { uint16_t bits; };
 template <class V> struct Lanes { static constexpr int value = 1; };
 template <> struct Lanes<Float> { static constexpr int value = kFloats; };
 template <> struct Lanes<Double> { static constexpr int value = kDoubles; };
+template <> struct Lanes<Doubles> { static constexpr int value = kFloats; };
 template <> struct Lanes<HalfFloat> { static constexpr int value = kDoubles; };
 
 template <class V, class S> inline V bits_of(const S& s) {
@@ -148,6 +164,27 @@ inline Double widen(Double v) { return v; }
 template <> struct Load<Double> {
   template <class T> static Double from(const T* p) { return widen(load_floats<HalfFloat>(p)); }
   static Double from(const double* p) { return raw<Double>(p); }
+};
+
+inline Doubles widen(Float v) {
+#if defined(__AVX512F__)
+  const __m512d bits = bits_of<__m512d>(v);
+  return {widen(bits_of<HalfFloat>(_mm512_castpd512_pd256(bits))), widen(bits_of<HalfFloat>(_mm512_extractf64x4_pd(bits, 1)))};
+#elif defined(__AVX__)
+  const __m256 bits = bits_of<__m256>(v);
+  return {widen(bits_of<HalfFloat>(_mm256_castps256_ps128(bits))), widen(bits_of<HalfFloat>(_mm256_extractf128_ps(bits, 1)))};
+#else
+  HalfFloat halves[2];
+  std::memcpy(halves, &v, sizeof v);
+  return {widen(halves[0]), widen(halves[1])};
+#endif
+}
+
+template <> struct Load<Doubles> {
+  template <class T> static Doubles from(const T* p) { return widen(load_floats<Float>(p)); }
+  // Halves widen on their way from memory.
+  static Doubles from(const float* p) { return {Load<Double>::from(p), Load<Double>::from(p + kDoubles)}; }
+  static Doubles from(const double* p) { return {Load<Double>::from(p), Load<Double>::from(p + kDoubles)}; }
 };
 
 template <class V, class T> inline V load(const T* p) { return Load<V>::from(p); }
