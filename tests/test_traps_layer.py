@@ -229,6 +229,7 @@ def test_trap_32_a_launched_process_that_has_not_joined_the_others_is_warned(mon
     from syncbn.comm.torch import _warn_of_a_launcher
 
     _warn_of_a_launcher.cache_clear()  # the environment of a process is looked at once
+    monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.warns(RuntimeWarning, match="launched as one of 2 processes, but torch.distributed is not initialised"):
         syncbn.SyncBatchNorm(3)(torch.randn(4, 3))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import warnings
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from .launcher import job
 from .local import LocalCommunicator
 
 
@@ -66,10 +66,12 @@ def communicator_of(group: Any) -> TorchCommunicator | LocalCommunicator | None:
 @functools.cache
 def _warn_of_a_launcher() -> None:
     """Warns, once, in a process that a launcher made one of many but that has not joined the others."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    launched = job()
+    if launched is not None and launched.kind != "slurm" and launched.size > 1:  # srun starts jobs of their own, too
+        over_mpi = "pass process_group=mpi4py.MPI.COMM_WORLD, or " if launched.kind == "mpi" else ""
         warnings.warn(
-            f"launched as one of {os.environ['WORLD_SIZE']} processes, but torch.distributed is not initialised: "
-            "statistics are this process's alone; call torch.distributed.init_process_group, or pass "
+            f"launched as one of {launched.size} processes, but torch.distributed is not initialised: statistics are "
+            f"this process's alone; {over_mpi}call torch.distributed.init_process_group, or pass "
             "process_group=syncbn.comm.LocalCommunicator() if that is meant",
             RuntimeWarning,
             stacklevel=2,
