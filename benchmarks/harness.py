@@ -45,6 +45,7 @@ class Times:
     p20_microseconds: float
     p50_microseconds: float
     p80_microseconds: float
+    p95_microseconds: float
     repeats: int
 
 
@@ -96,8 +97,8 @@ def _timed(contender: Contender, world: World) -> float:
 
 
 def _quantiles(samples: list[float]) -> Times:
-    p20, p50, p80 = np.quantile(samples, (0.2, 0.5, 0.8)).tolist()
-    return Times(p20, p50, p80, len(samples))
+    p20, p50, p80, p95 = np.quantile(samples, (0.2, 0.5, 0.8, 0.95)).tolist()
+    return Times(p20, p50, p80, p95, len(samples))
 
 
 def tolerance(dtype: torch.dtype, count: int) -> float:

@@ -139,7 +139,11 @@ def _compiled(case: Case, dtype: torch.dtype, activation: str) -> Layer:
 
 
 def _ungrouped_refusal(world: World) -> str | None:
-    return None if world.grouped else "without a process group (--ranks) it is nn.BatchNorm"
+    return _mpi_refusal(world) if world.grouped else "without a process group (--ranks) it is nn.BatchNorm"
+
+
+def _mpi_refusal(world: World) -> str | None:
+    return None if world.process_group is None else "it sends over torch.distributed alone"
 
 
 _UNFUSED = (
@@ -154,7 +158,7 @@ OPERATIONS: dict[str, tuple[Implementation, ...]] = {
     "bn": (
         *_UNFUSED,
         Implementation("nn.SyncBatchNorm", composed(nn.SyncBatchNorm), True, _ungrouped_refusal, may_refuse=True),
-        Implementation("naive SyncBatchNorm", composed(NaiveSyncBatchNorm), synchronised=True),
+        Implementation("naive SyncBatchNorm", composed(NaiveSyncBatchNorm), True, _mpi_refusal),
     ),
     "bn+relu": (*_UNFUSED, _FUSED),
     "bn+add+relu": (*_UNFUSED, _FUSED),
@@ -201,6 +205,8 @@ class Problem:
     def layer(self, implementation: Implementation) -> Layer:
         """Returns a new layer with the problem's parameters."""
         layer = implementation.build(self.case, self.parameter_dtype, self.activation)
+        if isinstance(layer.norm, syncbn.SyncBatchNorm):
+            layer.norm.process_group = self.world.process_group
         with torch.no_grad():
             layer.norm.weight.copy_(self.weight)
             layer.norm.bias.copy_(self.bias)

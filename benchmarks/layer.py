@@ -14,7 +14,7 @@ import torch
 from .cases import Case
 from .harness import Contender, Times, WrongResultError, measure
 from .implementations import BASE, OPERATIONS, Implementation, Layer, Problem
-from .ranks import World, launch
+from .ranks import World, launch, launch_over_mpi
 from .report import Arguments, Report, positive
 
 ABOUT = """Times syncbn.SyncBatchNorm and SyncBatchNormAct against nn.BatchNorm, torch.compile'd nn.BatchNorm,
@@ -53,6 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="P",
         help="processes, over Gloo on this host; default: one, without a process group",
     )
+    parser.add_argument(
+        "--comm",
+        choices=("gloo", "mpi"),
+        default="gloo",
+        help="mpi: run over MPI, on the processes of mpirun; default: %(default)s, for --ranks",
+    )
     parsed = parser.parse_args(arguments)
     names = {implementation.name for group in OPERATIONS.values() for implementation in group}
     for pattern in parsed.implementation:
@@ -61,7 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"expected --implementation to name one, or a glob of names; got {pattern!r}: choose from "
                 f"{', '.join(sorted(names))}"
             )
-    launch(run, parsed.ranks, parsed)
+    if parsed.comm == "mpi" and parsed.ranks:
+        parser.error("expected --ranks or --comm mpi; got both: mpirun -n says how many processes there are")
+    if parsed.comm == "mpi":
+        launch_over_mpi(run, parsed)
+    else:
+        launch(run, parsed.ranks, parsed)
 
 
 def run(world: World, arguments: argparse.Namespace) -> None:

@@ -47,12 +47,13 @@ def residence(working_set_bytes: int) -> str:
     return next((name for name, size in caches_bytes().items() if working_set_bytes <= size), "memory")
 
 
-def fingerprint(program: str, ranks: int) -> dict[str, Any]:
+def fingerprint(program: str, ranks: int, transport: str | None) -> dict[str, Any]:
     """Returns the keys that README.md defines for a fingerprint line.
 
     Args:
-        program: kernels, layer or memory.
+        program: kernels, layer, memory or messages.
         ranks: the number of processes; 0 for one without a process group.
+        transport: what their messages go over.
     """
     threads = torch.get_num_threads()
     return {
@@ -71,6 +72,7 @@ def fingerprint(program: str, ranks: int) -> dict[str, Any]:
         "instruction_set": cpu.instruction_set(),
         "threads": threads,
         "ranks": ranks,
+        "transport": transport,
         "oversubscribed": max(ranks, 1) * threads > cores(),
         "transparent_huge_pages": match[1] if (match := re.search(r"\[(\w+)\]", _read(_HUGE_PAGES))) else None,
         "malloc": _malloc(),

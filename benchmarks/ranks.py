@@ -1,4 +1,4 @@
-"""The processes of a benchmark: one, without a process group, or several on this host over Gloo."""
+"""The processes of a benchmark: one, without a process group; several on this host over Gloo; or those of mpirun."""
 
 from __future__ import annotations
 
@@ -15,31 +15,69 @@ from torch.multiprocessing.spawn import start_processes
 
 
 class World:
-    """The ranks that run a benchmark together; a world of one where torch.distributed is not initialised."""
+    """The ranks that run a benchmark together.
 
-    def __init__(self) -> None:
-        self.grouped = dist.is_available() and dist.is_initialized()
-        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if self.grouped else (0, 1)
+    Args:
+        comm: an mpi4py communicator; None for torch.distributed, or a world of one where that is not initialised.
+
+    Attributes:
+        grouped: whether there is a process group of either kind.
+        rank, size: this process's number, and how many there are.
+        process_group: what layers that synchronise take, None for torch.distributed.
+        transport: what messages go over: an MPI library, gloo, or None in a world of one.
+    """
+
+    def __init__(self, comm: Any = None) -> None:
+        self.process_group = comm
+        joined = dist.is_available() and dist.is_initialized()
+        self.grouped = joined or comm is not None
+        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+        self.transport: str | None = dist.get_backend() if joined else None
+        if comm is not None:
+            from syncbn.comm.mpi import library
+
+            self.rank, self.size, self.transport = comm.Get_rank(), comm.Get_size(), library()
 
     def barrier(self) -> None:
         """Waits for all ranks."""
-        if self.grouped:
+        if self.process_group is not None:
+            self.process_group.Barrier()
+        elif self.grouped:
             dist.barrier()
 
     def sum(self, v: Tensor) -> Tensor:
         """Returns the sum of v over ranks."""
-        return self._reduced(v, dist.ReduceOp.SUM)
+        return self._reduced(v, "SUM")
 
     def slowest(self, times: list[float]) -> list[float]:
         """Returns, for each time, the largest over ranks."""
-        reduced: list[float] = self._reduced(torch.tensor(times, dtype=torch.float64), dist.ReduceOp.MAX).tolist()
+        reduced: list[float] = self._reduced(torch.tensor(times, dtype=torch.float64), "MAX").tolist()
         return reduced
 
-    def _reduced(self, v: Tensor, operation: Any) -> Tensor:
+    def _reduced(self, v: Tensor, operation: str) -> Tensor:
         v = v.clone()
-        if self.grouped:
-            dist.all_reduce(v, operation)
+        if self.process_group is not None:
+            from mpi4py import MPI
+
+            self.process_group.Allreduce(MPI.IN_PLACE, v.numpy(), getattr(MPI, operation))
+        elif self.grouped:
+            dist.all_reduce(v, getattr(dist.ReduceOp, operation))
         return v
+
+
+def launch_over_mpi(program: Callable[[World, Any], None], arguments: Any) -> None:
+    """Runs program(world, arguments) on the ranks that mpirun started, of which this is one.
+
+    Raises:
+        RuntimeError: there is one only.
+    """
+    from mpi4py import MPI
+
+    if MPI.COMM_WORLD.Get_size() == 1:
+        raise RuntimeError(
+            "expected 2 or more processes of MPI's; got 1: start it with `mpirun -n 2 python -m mpi4py -m ...`"
+        )
+    program(World(MPI.COMM_WORLD), arguments)
 
 
 def launch(program: Callable[[World, Any], None], ranks: int, arguments: Any) -> None:

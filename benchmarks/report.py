@@ -28,26 +28,28 @@ class Arguments(argparse.ArgumentParser):
     Args:
         program: its module's name.
         about: what it measures.
-        dtypes: the default of --dtype.
+        dtypes: the default of --dtype; None where what is measured has no shapes.
         seconds: the default of --seconds; None where nothing is timed.
     """
 
-    def __init__(self, program: str, about: str, dtypes: Sequence[str], seconds: float | None) -> None:
+    def __init__(self, program: str, about: str, dtypes: Sequence[str] | None, seconds: float | None) -> None:
         super().__init__(
             prog=f"python -m benchmarks.{program}",
             description=about,
             epilog="benchmarks/README.md says what every number means.",
         )
-        self.add_argument(
-            "--case",
-            nargs="+",
-            default=["*"],
-            metavar="NAME",
-            help="names or globs, such as 'resnet50-*'; default: all",
-        )
-        self.add_argument("--list", action="store_true", help="list the cases and exit")
-        self.several("--layout", cases.LAYOUTS, "memory formats")
-        self.several("--dtype", DTYPES, "dtypes of the input", dtypes)
+        self._shapes = dtypes is not None
+        if dtypes is not None:
+            self.add_argument(
+                "--case",
+                nargs="+",
+                default=["*"],
+                metavar="NAME",
+                help="names or globs, such as 'resnet50-*'; default: all",
+            )
+            self.add_argument("--list", action="store_true", help="list the cases and exit")
+            self.several("--layout", cases.LAYOUTS, "memory formats")
+            self.several("--dtype", DTYPES, "dtypes of the input", dtypes)
         self.add_argument(
             "--threads", type=positive(int), default=1, metavar="T", help="threads of a process; default: %(default)s"
         )
@@ -85,6 +87,12 @@ class Arguments(argparse.ArgumentParser):
     def parse_args(self, *arguments: Any) -> argparse.Namespace:  # type: ignore[override]
         """Returns the arguments, `case` as a tuple of cases, and sets torch's number of threads."""
         parsed: argparse.Namespace = super().parse_args(*arguments)
+        if self._shapes:
+            self._select_cases(parsed)
+        torch.set_num_threads(parsed.threads)
+        return parsed
+
+    def _select_cases(self, parsed: argparse.Namespace) -> None:
         if parsed.list:
             print(cases.listing())
             self.exit()
@@ -93,8 +101,6 @@ class Arguments(argparse.ArgumentParser):
         except ValueError as error:
             self.error(f"argument --case: {error}")
         parsed.case = tuple(dict.fromkeys(found))
-        torch.set_num_threads(parsed.threads)
-        return parsed
 
 
 def positive(kind: type) -> Callable[[str], Any]:
@@ -141,9 +147,8 @@ class Report:
     def __init__(
         self, program: str, columns: dict[str, int], arguments: argparse.Namespace, world: World, total: int
     ) -> None:
-        ranks = world.size if world.grouped else 0
         self._program, self._columns = program, columns
-        self._fingerprint = fingerprint(program, ranks)
+        self._fingerprint = fingerprint(program, world.size if world.grouped else 0, world.transport)
         self._file: IO[str] | None = None
         self._silent = world.rank != 0
         self._output: Path | None = arguments.output

@@ -45,7 +45,7 @@ def sync_batch_norm(
         momentum: the weight of this batch in the running statistics.
         eps: added to the variance.
         process_group: None (the default group, or this process alone while torch.distributed is not initialised), a
-            ProcessGroup, a one-dimensional DeviceMesh or a syncbn.comm.Communicator.
+            ProcessGroup, a one-dimensional DeviceMesh, an mpi4py communicator or a syncbn.comm.Communicator.
 
     Shape:
         input: (N, C, ...); running_mean, running_var, weight, bias: (C,); the result: as input, in its memory format.

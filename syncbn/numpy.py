@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from . import core
-from .comm import Communicator, LocalCommunicator
+from .comm import Communicator, GroupHandle, LocalCommunicator
 from .kernels import PLAIN, select
 from .layout import Layout, check_arguments, layout_of
 
@@ -29,7 +29,8 @@ class SyncBatchNorm:
         affine: whether to have weight and bias.
         track_running_stats: whether to keep running_mean, running_var and num_batches_tracked. Without them evaluation
             normalises by the statistics of this rank's batch.
-        comm: a syncbn.comm.Communicator, or None for this process alone.
+        comm: an mpi4py communicator, a syncbn.comm.Communicator, or None for this process alone. A copy of the layer
+            keeps it; a pickled layer loses it, and says so when it is trained before `layer.comm` is set again.
         dtype: of the parameters and running statistics, float16, float32 or float64.
 
     Attributes:
@@ -65,19 +66,14 @@ class SyncBatchNorm:
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        comm: Communicator | None = None,
+        comm: Any = None,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        if comm is not None and not isinstance(comm, Communicator):
-            raise TypeError(
-                "expected comm to be a Communicator (rank, world_size, all_reduce) or None; got "
-                f"{type(comm).__name__}: see syncbn.comm.Communicator"
-            )
         if np.dtype(dtype) not in (np.float16, np.float32, np.float64):
             raise TypeError(f"expected dtype to be float16, float32 or float64; got {np.dtype(dtype)}")
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
         self.affine, self.track_running_stats = affine, track_running_stats
-        self.comm: Communicator = LocalCommunicator() if comm is None else comm
+        self.comm = comm
         self.training = True
         self.weight: Array | None = np.ones(num_features, dtype) if affine else None
         self.bias: Array | None = np.zeros(num_features, dtype) if affine else None
@@ -87,6 +83,18 @@ class SyncBatchNorm:
         self.grad_weight: Array | None = None
         self.grad_bias: Array | None = None
         self._saved: tuple[Array, Array | None, Layout, Array, Communicator | None] | None = None
+
+    @property
+    def comm(self) -> Any:
+        """The ranks that normalise together, as given; set it to change them."""
+        return self._group.group
+
+    @comm.setter
+    def comm(self, comm: Any) -> None:
+        handle = GroupHandle(comm)
+        if comm is not None:
+            handle.communicator("comm")  # refuse what is none here, not at the first batch
+        self._group = handle
 
     def train(self, mode: bool = True) -> SyncBatchNorm:
         """Sets training mode (statistics of the batch, synchronised) and returns the layer."""
@@ -106,7 +114,7 @@ class SyncBatchNorm:
             RuntimeError: another rank raised one of these; no rank is left waiting.
         """
         self._saved = None
-        comm = self.comm if self.training else LocalCommunicator()
+        comm = self._group.communicator("comm") if self.training and self.comm is not None else LocalCommunicator()
         try:
             self._check(x)
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Runs one function on several ranks: as threads of this process, or as processes over Gloo.
+"""Runs one function on several ranks: as threads of this process, as processes over Gloo, or on those of mpirun.
 
     run_ranks(fn, 3, "thread", *args)  ->  [fn(rank, group, *args) for each rank], all running at once
 
@@ -62,9 +62,9 @@ def run_ranks(fn: Callable[..., Any], world_size: int, launcher: str, *args: Any
     Args:
         fn: for "gloo" a function that pickle finds by its name, with picklable arguments and result.
         world_size: the number of ranks.
-        launcher: "thread" or "gloo".
+        launcher: "thread", "gloo", or "mpi" within tests/mpi, where all ranks of mpirun call, and get the same.
         args: passed on.
-        timeout: seconds after which ranks that have not answered count as hung.
+        timeout: seconds after which ranks that have not answered count as hung; over MPI pytest's ends all.
 
     Raises:
         RankFailedError: naming the ranks, with their tracebacks.
@@ -173,4 +173,12 @@ def _gloo_rank(sender: Any, fn: Callable[..., Any], rank: int, world_size: int, 
         dist.destroy_process_group()
 
 
-_LAUNCHERS = {"thread": _run_threads, "gloo": _run_gloo}
+def _run_mpi(fn: Callable[..., Any], world_size: int, args: tuple[Any, ...], timeout: float) -> list[Any]:
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    assert world.Get_size() == world_size
+    return world.allgather(_attempt(fn, world.Get_rank(), world, *args))
+
+
+_LAUNCHERS = {"thread": _run_threads, "gloo": _run_gloo, "mpi": _run_mpi}

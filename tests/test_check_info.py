@@ -196,6 +196,7 @@ def test_info_names_versions_kernels_communicators_and_choice(capsys, monkeypatc
         r"kernels +cpu for torch tensors on the CPU and NumPy arrays",
         r"local +available",
         r"torch +available.*gloo yes",
+        r"mpi +(available: .*, not initialised; mpi4py will ask for thread level 'multiple'|not available: mpi4py )",
         r"world +1 process: RANK and WORLD_SIZE are not set",
         r"communicator +local",
         r"device +",
@@ -231,6 +232,24 @@ def test_info_works_without_torch(capsys, monkeypatch):
     output = capsys.readouterr().out
     assert "torch cannot be imported" in output
     assert re.search(r"aten +not available", output)
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD", "PMI"])
+def test_under_mpirun_mpi4py_is_needed(name, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv(f"{name}_RANK", "0")
+    monkeypatch.setenv(f"{name}_SIZE", "3")
+    assert main(["check"]) == 1
+    error = capsys.readouterr().err
+    assert re.search(r"syncbn check: error: expected mpi4py, for mpirun .*: pip install \"syncbn\[mpi\]\"", error)
+    assert main(["info"]) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"mpi +not available: mpi4py is not installed", output)
+    assert f"rank 0 of 3, by the launcher's {name}_RANK and {name}_SIZE" in output
+    monkeypatch.setenv(f"{name}_RANK", "1")
+    assert main(["info"]) == 0
+    assert capsys.readouterr().out == ""
 
 
 def test_help_and_info_load_no_torch_before_they_need_it():

@@ -123,11 +123,11 @@ def _data(step, n):
     return images, torch.randint(3, (n,), generator=generator)
 
 
-def _train(rank, group, sizes, convert, scale):
+def train(rank, group, sizes, convert, scale, sync_group=None):
     """Ten steps of SGD with momentum; sizes: the ranks' batches, the same at every step but rotating over the ranks."""
     model = _model()
     if convert:
-        syncbn.convert_sync_batchnorm(model)
+        syncbn.convert_sync_batchnorm(model, sync_group)
     if group is not None:
         model = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
@@ -138,7 +138,7 @@ def _train(rank, group, sizes, convert, scale):
             images, labels = images.split(now)[rank], labels.split(now)[rank]
         loss = nn.functional.cross_entropy(model(images), labels)
         if scale:
-            loss = syncbn.scale_loss(loss, len(images))
+            loss = syncbn.scale_loss(loss, len(images), sync_group)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -146,7 +146,7 @@ def _train(rank, group, sizes, convert, scale):
     return {name: value.double() for name, value in state.items()}
 
 
-def _difference(states, whole):
+def difference(states, whole):
     """The largest difference of a tensor from the one-process run's, relative to that tensor's largest element."""
     return max(
         ((s[k] - v).abs().max() / v.abs().max().clamp(min=1e-3)).item() for s in states for k, v in whole.items()
@@ -160,17 +160,17 @@ ROUNDING = 1e-12
 
 @pytest.mark.parametrize("sizes", [[4, 4], [2, 2, 2, 2]], ids=["2", "4"])
 def test_ten_ddp_steps_equal_one_process(sizes):
-    whole = _train(0, None, sizes, False, False)
-    assert _difference(run_ranks(_train, len(sizes), "gloo", sizes, True, False), whole) < ROUNDING
-    assert _difference(run_ranks(_train, len(sizes), "gloo", sizes, False, False), whole) > 1e-3
+    whole = train(0, None, sizes, False, False)
+    assert difference(run_ranks(train, len(sizes), "gloo", sizes, True, False), whole) < ROUNDING
+    assert difference(run_ranks(train, len(sizes), "gloo", sizes, False, False), whole) > 1e-3
 
 
 @pytest.mark.parametrize("sizes", [[1, 7], [3, 0, 4, 1]], ids=["2", "4"])
 def test_trap_30_unequal_batches_equal_one_process_with_scale_loss(sizes):
-    whole = _train(0, None, sizes, False, False)
-    assert _difference(run_ranks(_train, len(sizes), "gloo", sizes, True, True), whole) < ROUNDING
+    whole = train(0, None, sizes, False, False)
+    assert difference(run_ranks(train, len(sizes), "gloo", sizes, True, True), whole) < ROUNDING
     if 0 not in sizes:  # cross_entropy of an empty batch is NaN, which only scale_loss takes out
-        assert _difference(run_ranks(_train, len(sizes), "gloo", sizes, True, False), whole) > 1e-3
+        assert difference(run_ranks(train, len(sizes), "gloo", sizes, True, False), whole) > 1e-3
 
 
 def _scaled(rank, group, sizes):

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from test_mpi import mpirun, needs_mpi
+
 README = Path(__file__).parent.parent / "README.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
@@ -27,6 +29,17 @@ def test_the_numpy_example_runs_without_torch(tmp_path):
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert result.returncode == 0, result.stderr
     assert "dict_keys(['weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked'])" in result.stdout
+
+
+@needs_mpi
+def test_the_mpi_example_runs_under_mpirun(tmp_path):
+    (tmp_path / "norm.py").write_text(EXAMPLES[2])
+    assert "mpirun -n 2 python -m mpi4py norm.py" in README.read_text().replace("\n", " ")
+    code, output = mpirun(2, "norm.py", cwd=tmp_path)
+    assert code == 0, output
+    means = re.findall(r"rank (\d) of 2: (\[.*\])", output)
+    assert sorted(rank for rank, _ in means) == ["0", "1"]
+    assert means[0][1] == means[1][1]
 
 
 def test_there_are_exactly_two_commands_for_a_fresh_machine():

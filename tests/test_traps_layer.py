@@ -228,6 +228,7 @@ def test_trap_32_without_torch_distributed_and_with_one_rank_it_is_batch_norm():
 def test_trap_32_a_launched_process_that_has_not_joined_the_others_is_warned(monkeypatch):
     # The environment of a process is looked at once.
     monkeypatch.setattr("syncbn.comm.torch._looked_for_a_launcher", False)
+    monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.warns(RuntimeWarning, match="launched as one of 2 processes, but torch.distributed is not initialised"):
         syncbn.SyncBatchNorm(3)(torch.randn(4, 3))

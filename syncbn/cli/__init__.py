@@ -44,8 +44,8 @@ def _parser() -> argparse.ArgumentParser:
         "check",
         help="compare the ranks of this launch with one process",
         description="Compares forward, backward and running statistics of the ranks of this launch (this process "
-        "alone, or those of torchrun ... -m syncbn check) with nn.BatchNorm in float64 on the concatenated batch. "
-        "Prints one line a check; exits with 1 when one fails.",
+        "alone, or those of torchrun ... -m syncbn check or of mpirun ... python -m mpi4py -m syncbn check) with "
+        "nn.BatchNorm in float64 on the concatenated batch. Prints one line a check; exits with 1 when one fails.",
     )
     check.add_argument("--seed", type=int, default=0, help="of the random batches (default: %(default)s)")
     commands.add_parser(

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import SyncBatchNorm
 from .. import numpy as numpy_frontend
 from ..comm import as_communicator
 from ..kernels import cpu
-from .launch import under_launcher
+from .ranks import Alone, ranks_of_this_launch
 from .tolerance import allowed_errors
 
 _CHANNELS, _SIDES = 5, (6, 7)
 _CASE_TIMEOUT = timedelta(seconds=30)  # for the other ranks when one does not come to a message
-_REPORT_TIMEOUT = timedelta(seconds=600)
 _Norm = nn.BatchNorm1d | nn.BatchNorm2d
 _NORMS: dict[int, type[_Norm]] = {2: nn.BatchNorm1d, 4: nn.BatchNorm2d}
 
@@ -69,31 +68,32 @@ class Outcome(NamedTuple):
 
 def check(seed: int) -> int:
     """Runs all checks on the ranks of this launch; returns 0, or 1 on every rank if one failed on any."""
-    initialise = under_launcher()
-    if initialise:
-        dist.init_process_group("gloo")
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    reports = _new_group(_REPORT_TIMEOUT, ranks)
-    group = _new_group(_CASE_TIMEOUT, ranks)
-    cases, failed = list(all_cases(ranks)), 0
+    try:
+        ranks = ranks_of_this_launch(_CASE_TIMEOUT)
+    except RuntimeError as error:
+        print(f"syncbn check: error: {error}", file=sys.stderr)
+        return 1
+    cases, failed = list(all_cases(ranks.size)), 0
     for number, case in enumerate(cases):
-        outcome = _attempt(case, seed + number, rank, ranks, group)
-        outcomes = [outcome] * ranks
-        if ranks > 1:
-            # Over a group of its own: the cases' may be held up by a rank that raised.
-            dist.all_gather_object(outcomes, outcome, group=reports)
+        outcome = _attempt(case, seed + number, ranks)
+        try:
+            outcomes = ranks.gather(outcome)
+        except TimeoutError as error:
+            where = f"[rank {ranks.rank}/{ranks.size}]"
+            print(f"FAIL  {case!s:<50}  {where} {outcome.failure}; the check ends here: {error}", flush=True)
+            ranks.abort()
         if any(outcome.failure for outcome in outcomes):
-            group = _new_group(_CASE_TIMEOUT, ranks)  # the old one's ranks may be at different messages
+            ranks.renew()
         passed = _passed(case, outcomes)
         failed += not passed
-        if rank == 0:
+        if ranks.rank == 0:
             print(f"{'ok  ' if passed else 'FAIL'}  {case!s:<50}  {_describe(case, outcomes)}", flush=True)
-    if rank == 0:
-        where = f"{ranks} ranks" if ranks > 1 else "one process (start ranks with: torchrun ... -m syncbn check)"
+    if ranks.rank == 0:
         kernels = f"kernels cpu, {cpu.instruction_set()}" if cpu.instruction_set() else "kernels aten and reference"
-        print(f"{len(cases)} checks on {where}, {kernels}: {f'{failed} failed' if failed else 'all ok'}", flush=True)
-    if initialise:
-        dist.destroy_process_group()
+        print(
+            f"{len(cases)} checks on {ranks.name}, {kernels}: {f'{failed} failed' if failed else 'all ok'}", flush=True
+        )
+    ranks.close()
     return 1 if failed else 0
 
 
@@ -111,13 +111,9 @@ def all_cases(ranks: int) -> Iterator[Case]:
         yield Case("uneven", "torch", "float32", "contiguous", synchronised=False)
 
 
-def _new_group(timeout: timedelta, ranks: int) -> Any:
-    return dist.new_group(timeout=timeout) if ranks > 1 else None
-
-
-def _attempt(case: Case, seed: int, rank: int, ranks: int, group: Any) -> Outcome:
+def _attempt(case: Case, seed: int, ranks: Alone) -> Outcome:
     try:
-        return compare(case, seed, rank, ranks, group)
+        return compare(case, seed, ranks.rank, ranks.size, ranks.group)
     except Exception as error:
         return Outcome(float("inf"), float("nan"), 0.0, "", 0.0, f"{type(error).__name__}: {error}".split("\n")[0])
 
@@ -199,7 +195,8 @@ def _differentiate(layer: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]
     """Runs a torch layer forward and backward once."""
     x = x.detach().requires_grad_()
     y = layer(x)
-    y.backward(dy)
+    y.register_hook(lambda _: dy)  # y.backward(dy) imports sympy, for seconds, on every rank
+    y.sum().backward()
     assert x.grad is not None
     gradients = {f"grad_{name}": parameter.grad for name, parameter in layer.named_parameters()}
     return {"y": y.detach(), "dx": x.grad, **gradients, **dict(layer.named_buffers())}

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import os
 import platform
 from typing import Any
 
 from .. import __version__
+from ..comm.launcher import job
 from ..kernels import cpu
-from .launch import under_launcher
+from .launch import under_mpi
 
 _TORCH_BACKENDS = ("gloo", "nccl", "mpi", "ucc", "xccl")
 
 
 def info() -> int:
     """Prints what there is; under a launcher on rank 0 only. Missing packages are named, not needed."""
-    if os.environ.get("RANK", "0") != "0":
+    launched, mpi = job(), _mpi()  # on every rank, for one of mpirun's that starts MPI waits for the others
+    if launched is not None and launched.kind != "slurm" and launched.rank != 0:
         return 0
     torch = _import_torch()
     sections = {
         "versions": _versions(),
         "kernels": _kernels(torch),
-        "communicators": _communicators(torch),
+        "communicators": {**_communicators(torch), "mpi": mpi},
         "chosen here": _chosen(torch),
     }
     width = max(len(name) for lines in sections.values() for name in lines) + 2
@@ -73,6 +74,31 @@ def _communicators(torch: Any) -> dict[str, str]:
     return {"local": "available: this process alone", "torch": backends}
 
 
+def _mpi() -> str:
+    """Describes mpi4py's MPI, which is initialised under mpirun only."""
+    try:
+        import mpi4py
+    except ImportError:
+        return 'not available: mpi4py is not installed; pip install "syncbn[mpi]"'
+    before = mpi4py.rc.initialize
+    mpi4py.rc.initialize = before and under_mpi()
+    try:
+        from mpi4py import MPI
+
+        from ..comm.mpi import library, thread_level
+    except (ImportError, RuntimeError) as error:
+        return f"not available: mpi4py cannot load an MPI library: {' '.join(str(error).split())}"
+    finally:
+        mpi4py.rc.initialize = before
+    state = f"not initialised; mpi4py will ask for thread level {mpi4py.rc.thread_level!r}"
+    if MPI.Is_initialized() and not MPI.Is_finalized():
+        size, launched = MPI.COMM_WORLD.Get_size(), job()
+        state = f"{thread_level()}, MPI.COMM_WORLD of {size}"
+        if launched is not None and launched.size > size:
+            state += f" where the launcher started {launched.size}: use the mpirun that came with this library"
+    return f"available: any intracommunicator of mpi4py; {library()}, {state}"
+
+
 def _chosen(torch: Any) -> dict[str, str]:
     """What process_group=None and an array would get, and why."""
     device = "the CPU: torch sees no CUDA or ROCm device"
@@ -80,12 +106,17 @@ def _chosen(torch: Any) -> dict[str, str]:
         device = "the CPU, for want of torch"
     elif torch.cuda.is_available():
         device = f"that of the input; torch sees {torch.cuda.device_count()} CUDA or ROCm devices beside the CPU"
-    if under_launcher():
-        world = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}, by the launcher's RANK and WORLD_SIZE"
-        communicator = "torch, once torch.distributed.init_process_group() has been called; until then local"
+    launched = job()
+    local = "local, for torch.distributed is not initialised; torch, once it is"
+    if launched is None:
+        world = "1 process: RANK and WORLD_SIZE are not set, nor what mpirun or srun set"
+        communicator = local
     else:
-        world = "1 process: RANK and WORLD_SIZE are not set, so no launcher such as torchrun started this"
-        communicator = "local, for torch.distributed is not initialised; torch, once it is"
+        names = f"{launched.rank_variable} and {launched.size_variable}"
+        world = f"rank {launched.rank} of {launched.size}, by the launcher's {names}"
+        communicator = "torch, once torch.distributed.init_process_group() has been called; until then local"
+        if launched.kind != "torch":
+            communicator = f"mpi with process_group=mpi4py.MPI.COMM_WORLD; with None {local}"
     return {
         "world": world,
         "communicator": communicator,

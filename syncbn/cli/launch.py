@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..comm.launcher import job
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -27,7 +28,16 @@ _SHUTDOWN_SECONDS = 5  # from SIGTERM to SIGKILL
 
 def under_launcher() -> bool:
     """Returns whether this process is a rank already: of torchrun, or of whoever else sets torch's variables."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    launched = job()
+    return launched is not None and launched.kind == "torch"
+
+
+def under_mpi() -> bool:
+    """Returns whether this process is one of several of an mpirun, or of srun's under `python -m mpi4py`."""
+    launched = job()
+    if launched is None or launched.size == 1:
+        return False
+    return launched.kind == "mpi" or (launched.kind == "slurm" and "mpi4py" in sys.modules)
 
 
 def launched_here() -> bool:

@@ -44,17 +44,18 @@ class Communicator(Protocol):
         """
 
 
-def as_communicator(group: Any) -> Communicator:
+def as_communicator(group: Any, argument: str = "process_group") -> Communicator:
     """Returns the communicator that a `process_group` argument stands for.
 
     Args:
         group: None (torch.distributed's default group where it is initialised, else this process alone), a
             ProcessGroup, a one-dimensional DeviceMesh, an mpi4py communicator, or a Communicator.
+        argument: what the caller calls it, for the error message.
 
     Raises:
         TypeError: anything else.
         ValueError: a group this process is not in, a mesh of more than one dimension, or an intercommunicator.
-        RuntimeError: an MPI world that is smaller than the launcher says.
+        RuntimeError: an MPI world of one process where a launcher started several, or MPI is not initialised.
     """
     for communicator_of in _loaded():
         communicator = communicator_of(group)
@@ -65,22 +66,63 @@ def as_communicator(group: Any) -> Communicator:
     if isinstance(group, Communicator) and not isinstance(group, type):
         return group
     raise TypeError(
-        "expected process_group to be None, a ProcessGroup, a one-dimensional DeviceMesh, an mpi4py communicator or a "
+        f"expected {argument} to be None, a ProcessGroup, a one-dimensional DeviceMesh, an mpi4py communicator or a "
         f"Communicator; got {type(group).__name__}: see syncbn.comm.Communicator for what one of your own must have"
     )
 
 
-# By the library whose groups they know: functions that return the communicator of a group, or None.
-_LIBRARIES = {"torch.distributed": "torch", "mpi4py.MPI": "mpi"}
+class GroupHandle:
+    """Keeps a group in a layer: shared by copies, left behind by pickles, for it names live connections.
+
+    Args:
+        group: what as_communicator takes, or whatever else is to be kept so.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self._communicator: Communicator | None = None
+
+    def communicator(self, argument: str = "process_group") -> Communicator:
+        """Returns as_communicator(group, argument); for a group other than None it is found once."""
+        if self.group is None:
+            return as_communicator(None)
+        if self._communicator is None:
+            self._communicator = as_communicator(self.group, argument)
+        return self._communicator
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GroupHandle:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return GroupHandle, (None if self.group is None else _LostGroup(),)
+
+
+class _LostGroup:
+    """In place of a group that a pickled layer had: training on the default group instead would be silently wrong."""
+
+    rank = 0
+    world_size = 1
+
+    def all_reduce(self, _: Any) -> None:
+        raise RuntimeError(
+            "expected a process group; got a layer that was pickled with one, which no pickle can hold: set "
+            "layer.process_group (None for the default group; of a NumPy layer, layer.comm) before training it"
+        )
+
+
+# By the library whose groups they know, cheapest first: functions that return the communicator of a group, or None.
+_LIBRARIES = {"mpi4py.MPI": "mpi", "torch.distributed": "torch"}
 _functions: dict[str, Callable[[Any], Communicator | None]] = {}
 
 
 def _loaded() -> Iterable[Callable[[Any], Communicator | None]]:
     """Returns the functions for the libraries that have been imported; of others there can be no groups."""
+    global _functions
     if len(_functions) < len(_LIBRARIES):
         for library, module in _LIBRARIES.items():
             loaded = sys.modules.get(library)
             if library in _functions or loaded is None or not getattr(loaded, "is_available", lambda: True)():
                 continue
-            _functions[library] = importlib.import_module(f".{module}", __name__).communicator_of
+            found = _functions | {library: importlib.import_module(f".{module}", __name__).communicator_of}
+            _functions = {name: found[name] for name in _LIBRARIES if name in found}  # for threads, at once
     return _functions.values()

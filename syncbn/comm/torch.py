@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from .launcher import job
 from .local import LocalCommunicator
 
 
@@ -71,10 +71,12 @@ def _warn_of_a_launcher() -> None:
     if _looked_for_a_launcher:
         return
     _looked_for_a_launcher = True
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    launched = job()
+    if launched is not None and launched.kind != "slurm" and launched.size > 1:  # srun starts jobs of their own, too
+        over_mpi = "pass process_group=mpi4py.MPI.COMM_WORLD, or " if launched.kind == "mpi" else ""
         warnings.warn(
-            f"launched as one of {os.environ['WORLD_SIZE']} processes, but torch.distributed is not initialised: "
-            "statistics are this process's alone; call torch.distributed.init_process_group, or pass "
+            f"launched as one of {launched.size} processes, but torch.distributed is not initialised: statistics are "
+            f"this process's alone; {over_mpi}call torch.distributed.init_process_group, or pass "
             "process_group=syncbn.comm.LocalCommunicator() if that is meant",
             RuntimeWarning,
             stacklevel=2,

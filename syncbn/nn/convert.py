@@ -17,9 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..comm import as_communicator
+from ..comm import GroupHandle, as_communicator
 from .fuse import fuse_activations, tail_of_fused, unfuse_activations
-from .layer import GroupHandle, SyncBatchNorm
+from .layer import SyncBatchNorm
 from .norm_act import norm_act
 
 M = TypeVar("M", bound=nn.Module)

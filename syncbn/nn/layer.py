@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..comm import Communicator, LocalCommunicator, as_communicator
+from ..comm import Communicator, GroupHandle, LocalCommunicator
 from ..core import Running
 from ..functional import batch_stats_norm, running_stats_norm
 from ..kernels import PLAIN, Tail
@@ -28,8 +28,9 @@ class SyncBatchNorm(_BatchNorm):
         track_running_stats: whether to keep running_mean, running_var and num_batches_tracked. Without them evaluation
             normalises by the statistics of this rank's batch.
         process_group: None (the default group, or this process alone while torch.distributed is not initialised), a
-            ProcessGroup, a one-dimensional DeviceMesh or a syncbn.comm.Communicator. A copy of the layer keeps it; a
-            pickled layer loses it, and says so when it is trained before `layer.process_group` is set again.
+            ProcessGroup, a one-dimensional DeviceMesh, an mpi4py communicator or a syncbn.comm.Communicator. A copy of
+            the layer keeps it; a pickled layer loses it, and says so when it is trained before `layer.process_group` is
+            set again.
         device, dtype: of the parameters and buffers.
         **newer: further keywords of the installed torch's BatchNorm, e.g. bias=False.
 
@@ -75,9 +76,10 @@ class SyncBatchNorm(_BatchNorm):
 
     @process_group.setter
     def process_group(self, process_group: Any) -> None:
+        handle = GroupHandle(process_group)
         if process_group is not None:
-            as_communicator(process_group)  # refuse what is no group here, not at the first batch
-        self._syncbn_group = GroupHandle(process_group)
+            handle.communicator()  # refuse what is no group here, not at the first batch
+        self._syncbn_group = handle
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises input; see the class."""
@@ -90,7 +92,7 @@ class SyncBatchNorm(_BatchNorm):
         running: Running = Running()
         comm: Communicator = LocalCommunicator()
         if self.training:
-            comm = as_communicator(self.process_group)
+            comm = self._syncbn_group.communicator()
             if self.track_running_stats:
                 running = self._running()
         return batch_stats_norm(
@@ -115,29 +117,3 @@ class SyncBatchNorm(_BatchNorm):
         from .convert import convert_sync_batchnorm
 
         return convert_sync_batchnorm(module, process_group, fuse)
-
-
-class GroupHandle:
-    """Keeps a process group in a layer: shared by copies, left behind by pickles, for it names live connections."""
-
-    def __init__(self, group: Any) -> None:
-        self.group = group
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> GroupHandle:
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return GroupHandle, (None if self.group is None else _LostGroup(),)
-
-
-class _LostGroup:
-    """In place of a group that a pickled layer had: training on the default group instead would be silently wrong."""
-
-    rank = 0
-    world_size = 1
-
-    def all_reduce(self, _: Any) -> None:
-        raise RuntimeError(
-            "expected a process group; got a layer that was pickled with one, which no pickle can hold: set "
-            "layer.process_group (None for the default group) before training it"
-        )

@@ -1,0 +1,85 @@
+"""The commands and the benchmarks on the ranks of mpirun; for one number of ranks where they take seconds."""
+
+import pytest
+import torch
+from mpi4py import MPI
+
+from syncbn.cli import main
+
+WORLD = MPI.COMM_WORLD
+SIZE = WORLD.Get_size()
+pytestmark = pytest.mark.mpi(min_size=2)
+on_two_ranks = pytest.mark.skipif(SIZE != 2, reason="a benchmark, of two ranks")
+
+
+@pytest.mark.skipif(SIZE != 3, reason="of three ranks")
+def test_check_uses_the_ranks_of_mpirun(capsys):
+    assert main(["check"]) == 0
+    output = capsys.readouterr().out
+    assert ("40 checks on 3 ranks over " in output and "all ok" in output) == (WORLD.Get_rank() == 0)
+
+
+def test_info_names_the_library_and_the_thread_level(capsys):
+    assert main(["info"]) == 0
+    output = capsys.readouterr().out
+    if WORLD.Get_rank():
+        assert output == ""
+    else:
+        assert f"{MPI.get_vendor()[0]} " in output
+        assert f"MPI_THREAD_MULTIPLE, MPI.COMM_WORLD of {SIZE}\n" in output
+        assert f"rank 0 of {SIZE}, by the launcher's " in output
+        assert "mpi with process_group=mpi4py.MPI.COMM_WORLD" in output
+
+
+@on_two_ranks
+def test_layers_are_timed_over_mpi(tmp_path):
+    from test_benchmarks import MINIMAL, layer, records_of
+
+    file = tmp_path / "layer.jsonl"
+    selected = ["--case", "tiny", "--operation", "bn", "--mode", "both", "--implementation", "*Sync*"]
+    layer.main([*selected, "--comm", "mpi", "--output", str(file), *MINIMAL])
+    if WORLD.Get_rank() == 0:
+        fingerprint, rows = records_of(file)
+        assert (fingerprint["ranks"], fingerprint["transport"][:8]) == (2, MPI.get_vendor()[0][:8])
+        skipped = {row["implementation"]: row["skipped"] for row in rows}
+        reason = "it sends over torch.distributed alone"
+        assert skipped.pop("nn.SyncBatchNorm") == skipped.pop("naive SyncBatchNorm") == reason
+        assert skipped == {"nn.BatchNorm": None, "syncbn.SyncBatchNorm": None}
+    assert file.exists() == (WORLD.Get_rank() == 0)
+
+
+@on_two_ranks
+def test_a_layer_that_does_not_synchronise_over_mpi_is_not_timed(monkeypatch):
+    from test_benchmarks import MINIMAL, harness, layer
+
+    from syncbn.comm.mpi import MPICommunicator
+
+    monkeypatch.setattr(MPICommunicator, "all_reduce", lambda self, buffer: None)
+    with pytest.raises((harness.WrongResultError), match=r"syncbn\.SyncBatchNorm: output: expected"):
+        layer.main(["--case", "tiny", "--operation", "bn", "--comm", "mpi", "--implementation", "syncbn.*", *MINIMAL])
+
+
+@on_two_ranks
+def test_messages_are_timed_by_every_way_that_is_here(tmp_path, monkeypatch):
+    from test_benchmarks import MINIMAL, harness, records_of
+
+    from benchmarks import messages
+
+    file = tmp_path / "messages.jsonl"
+    messages.main(["--channels", "4", "512", "--output", str(file), *MINIMAL])
+    if WORLD.Get_rank() == 0:
+        fingerprint, rows = records_of(file)
+        assert fingerprint["program"] == "messages"
+        assert {(row["channels"], row["message_bytes"]) for row in rows} == {(4, 72), (512, 8200)}
+        assert {row["implementation"] for row in rows} == {"mpi4py", "syncbn.comm", *messages.BACKENDS}
+        for row in rows:
+            if not row["skipped"]:
+                assert 0 < row["p50_microseconds"] <= row["p95_microseconds"]
+        reasons = {row["implementation"]: row["skipped"] for row in rows}
+        assert [reasons[name] for name in ("mpi4py", "syncbn.comm", "torch.distributed, gloo")] == [None] * 3
+    assert not torch.distributed.is_initialized()
+    wrong = messages.Way(lambda message: message.mul_(2))
+    monkeypatch.setattr(messages, "_over_mpi", lambda world: {"careless": wrong})
+    with pytest.raises(harness.WrongResultError, match="careless: expected"):
+        messages.main(["--channels", "4", *MINIMAL])
+    torch.distributed.destroy_process_group()
