@@ -22,6 +22,7 @@ ALLOWED = {
     "layout": set(),
     "kernels": {"kernels"},
     "comm": {"comm"},
+    "mpi": {"comm"},
     "functional": {"core", "layout", "kernels", "comm"},
     "numpy": {"core", "layout", "kernels", "comm"},
     "nn": {"nn", "functional", "kernels", "core", "comm"},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -11,6 +11,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .launcher import job
 from .local import LocalCommunicator
+
+if TYPE_CHECKING:
+    from . import Communicator
 
 
 class TorchCommunicator:
@@ -37,7 +40,7 @@ class TorchCommunicator:
         dist.all_reduce(tensor, group=self.group)
 
 
-def communicator_of(group: Any) -> TorchCommunicator | LocalCommunicator | None:
+def communicator_of(group: Any) -> Communicator | None:
     """Returns the communicator of None or of a group of torch's, and None for anything else. See as_communicator."""
     if group is None:
         group = dist.group.WORLD
@@ -52,7 +55,10 @@ def communicator_of(group: Any) -> TorchCommunicator | LocalCommunicator | None:
             )
         group = dist.GroupMember.NON_GROUP_MEMBER if group.get_coordinate() is None else group.get_group()
     if isinstance(group, dist.ProcessGroup):
-        return TorchCommunicator(group) if group.size() > 1 else LocalCommunicator()
+        if group.size() == 1:
+            return LocalCommunicator()
+        # A group of comm.mpi_backend's has one that calls MPI with nothing in between.
+        return getattr(group, "communicator", None) or TorchCommunicator(group)
     # What torch.distributed.new_group returns to a process outside the group differs between versions of torch.
     if group == dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError(
