@@ -22,6 +22,7 @@ ALLOWED = {
     "layout": set(),
     "kernels": {"kernels"},
     "comm": {"comm"},
+    "world": {"world"},
     "functional": {"core", "layout", "kernels", "comm"},
     "numpy": {"core", "layout", "kernels", "comm"},
     "nn": {"nn", "functional", "kernels", "core", "comm"},
@@ -72,6 +73,7 @@ def test_the_rules_above_are_about_rooms_that_exist():
         ("import syncbn.numpy; syncbn.numpy.SyncBatchNorm(2)", ["torch", "mpi4py"]),
         ("import syncbn; syncbn.SyncBatchNorm(2)", ["mpi4py", "matplotlib", "sklearn"]),
         ("import syncbn.cli", ["torch", "numpy", "matplotlib", "sklearn", "mpi4py"]),
+        ("import syncbn.world; syncbn.world.read_environment()", ["torch", "numpy", "mpi4py"]),
     ],
 )
 def test_imports_are_lean(statement, absent):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .. import SyncBatchNorm
 from .. import numpy as numpy_frontend
 from ..comm import as_communicator
+from ..world import World, init_process_group
 from .launch import under_launcher
 from .tolerance import allowed_errors
 
@@ -68,10 +69,18 @@ class Outcome(NamedTuple):
 
 def check(seed: int) -> int:
     """Runs all checks on the ranks of this launch; returns 0, or 1 on every rank if one failed on any."""
-    initialise = under_launcher()
-    if initialise:
-        dist.init_process_group("gloo")
+    world = init_process_group(device="cpu") if under_launcher() and not dist.is_initialized() else None
+    try:
+        return _check(seed, world)
+    finally:
+        if world is not None:
+            world.close()
+
+
+def _check(seed: int, world: World | None) -> int:
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if rank == 0 and world is not None:
+        print(world, flush=True)
     reports = _new_group(_REPORT_TIMEOUT, ranks)
     group = _new_group(_CASE_TIMEOUT, ranks)
     cases, failed = list(all_cases(ranks)), 0
@@ -90,8 +99,6 @@ def check(seed: int) -> int:
     if rank == 0:
         where = f"{ranks} ranks" if ranks > 1 else "one process (start ranks with: torchrun ... -m syncbn check)"
         print(f"{len(cases)} checks on {where}: {f'{failed} failed' if failed else 'all ok'}", flush=True)
-    if initialise:
-        dist.destroy_process_group()
     return 1 if failed else 0
 
 

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import os
 import platform
 from typing import Any
 
 from .. import __version__
 from ..kernels import cpu
-from .launch import under_launcher
+from ..world import Launch, LaunchError, read_environment
 
 _TORCH_BACKENDS = ("gloo", "nccl", "mpi", "ucc", "xccl")
 
 
 def info() -> int:
     """Prints what there is; under a launcher on rank 0 only. Missing packages are named, not needed."""
-    if os.environ.get("RANK", "0") != "0":
+    problem, launch = "", None
+    try:
+        launch = read_environment()
+    except LaunchError as error:
+        problem = f"unclear: {error}"
+    if launch is not None and launch.rank != 0:
         return 0
     torch = _import_torch()
     sections = {
         "versions": _versions(),
         "kernels": _kernels(torch),
         "communicators": _communicators(torch),
-        "chosen here": _chosen(torch),
+        "chosen here": _chosen(torch, launch, problem),
     }
     width = max(len(name) for lines in sections.values() for name in lines) + 2
     for title, lines in sections.items():
@@ -73,21 +77,21 @@ def _communicators(torch: Any) -> dict[str, str]:
     return {"local": "available: this process alone", "torch": backends}
 
 
-def _chosen(torch: Any) -> dict[str, str]:
+def _chosen(torch: Any, launch: Launch | None, problem: str) -> dict[str, str]:
     """What process_group=None and an array would get, and why."""
     device = "the CPU: torch sees no CUDA or ROCm device"
     if torch is None:
         device = "the CPU, for want of torch"
     elif torch.cuda.is_available():
         device = f"that of the input; torch sees {torch.cuda.device_count()} CUDA or ROCm devices beside the CPU"
-    if under_launcher():
-        world = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}, by the launcher's RANK and WORLD_SIZE"
-        communicator = "torch, once torch.distributed.init_process_group() has been called; until then local"
+    if launch is not None:
+        world = f"rank {launch.rank} of {launch.world_size}, by the launcher's {launch.source}"
+        communicator = "torch, once syncbn.init_process_group() has been called; until then local"
     else:
-        world = "1 process: RANK and WORLD_SIZE are not set, so no launcher such as torchrun started this"
+        world = "1 process: RANK and WORLD_SIZE are not set, nor what mpirun or srun sets: no launcher started this"
         communicator = "local, for torch.distributed is not initialised; torch, once it is"
     return {
-        "world": world,
+        "world": problem or world,
         "communicator": communicator,
         "kernels": "cpu for torch tensors on the CPU and NumPy arrays, aten for tensors on other devices"
         if cpu.instruction_set()

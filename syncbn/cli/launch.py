@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..world import read_environment
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -26,8 +27,12 @@ _SHUTDOWN_SECONDS = 5  # from SIGTERM to SIGKILL
 
 
 def under_launcher() -> bool:
-    """Returns whether this process is a rank already: of torchrun, or of whoever else sets torch's variables."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    """Returns whether this process is a rank already: of torchrun, mpirun, srun or another launcher.
+
+    A shell that srun started is a Slurm task of its own; what is typed there is not meant as a world of one.
+    """
+    launch = read_environment()
+    return launch is not None and (launch.launcher != "slurm" or launch.world_size > 1)
 
 
 def launched_here() -> bool:
