@@ -34,7 +34,7 @@ COLUMNS = {
 }
 # Name, and the module that registers it, of the backends of torch.distributed.
 BACKENDS = {
-    "torch.distributed, mpi4py": ("mpi4py", "syncbn.comm.mpi_backend"),
+    "torch.distributed, mpi4py": ("mpi4py", "syncbn.mpi"),
     "torch.distributed, gloo": ("gloo", "torch"),
 }
 

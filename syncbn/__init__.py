@@ -18,15 +18,19 @@ if TYPE_CHECKING:
     from .nn import convert_sync_batchnorm as convert_sync_batchnorm
     from .nn import revert_sync_batchnorm as revert_sync_batchnorm
     from .nn import scale_loss as scale_loss
+    from .world import World as World
+    from .world import init_process_group as init_process_group
 
 __version__ = "0.1.0"
 __all__ = [
     "SyncBatchNorm",
     "SyncBatchNormAct",
+    "World",
     "__version__",
     "comm",
     "convert_sync_batchnorm",
     "functional",
+    "init_process_group",
     "numpy",
     "revert_sync_batchnorm",
     "scale_loss",
@@ -37,7 +41,8 @@ def __getattr__(name: str) -> Any:
     if name in ("comm", "functional", "numpy"):
         return importlib.import_module(f".{name}", __name__)
     if name in __all__:
-        return getattr(importlib.import_module(".nn", __name__), name)
+        room = ".world" if name in ("World", "init_process_group") else ".nn"
+        return getattr(importlib.import_module(room, __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

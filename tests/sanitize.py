@@ -2,7 +2,7 @@
 
     python tests/sanitize.py [arguments of pytest; without files it runs tests/test_kernels.py]
 
-Not part of the test suite, for it compiles for a minute per instruction set. It wants GCC on Linux and an environment
+Not part of the test suite, for it compiles for minutes per instruction set. It wants GCC on Linux and an environment
 in which the tests run. For each instruction set that this processor has, syncbn is installed from the checkout into an
 environment of its own, compiled for that set and with the sanitizers. Before the tests it is shown that these kernels
 are the ones that load, and that the sanitizers see a read past the end of an array and one from a misaligned address.

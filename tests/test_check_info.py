@@ -225,6 +225,24 @@ def test_info_says_which_rank_a_launcher_made_this(capsys, monkeypatch):
     assert capsys.readouterr().out == ""
 
 
+def test_info_names_the_variables_of_other_launchers(capsys, monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "3")
+    assert main(["info"]) == 0
+    assert "rank 0 of 3, by the launcher's OMPI_COMM_WORLD_RANK and OMPI_COMM_WORLD_SIZE" in capsys.readouterr().out
+
+
+def test_an_environment_that_cannot_be_is_one_line_of_check_and_demo_and_shown_by_info(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    message = "expected RANK below WORLD_SIZE; got 3 of 3: ranks count from 0"
+    for command in ("check", "demo"):
+        assert main([command]) == 1
+        assert capsys.readouterr().err == f"syncbn {command}: error: {message}\n"
+    assert main(["info"]) == 0
+    assert re.search(rf"world +unclear: {message}", capsys.readouterr().out)
+
+
 def test_info_works_without_torch(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.delenv("RANK", raising=False)
@@ -242,7 +260,9 @@ def test_under_mpirun_mpi4py_is_needed(name, capsys, monkeypatch):
     monkeypatch.setenv(f"{name}_SIZE", "3")
     assert main(["check"]) == 1
     error = capsys.readouterr().err
-    assert re.search(r"syncbn check: error: expected mpi4py, for mpirun .*: pip install \"syncbn\[mpi\]\"", error)
+    assert re.search(
+        r"syncbn check: error: \[rank 0/3\] expected mpi4py, through which ranks of mpirun .*: pip install", error
+    )
     assert main(["info"]) == 0
     output = capsys.readouterr().out
     assert re.search(r"mpi +not available: mpi4py is not installed", output)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -157,6 +158,18 @@ def test_ranks_of_torchrun_are_used_and_uneven_parts_and_own_images_work(tmp_pat
     assert report["data"]["classes"] == ["dark", "light"]
     assert command.output.count("2 ranks, syncbn.SyncBatchNorm: ") == 1  # by one rank only
     assert_synchronised_alone_equals_one_process(report)
+
+
+def test_a_number_of_ranks_that_is_not_the_launchers_is_one_clear_error(monkeypatch, capsys):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    assert main(["demo", "--ranks", "3"]) == 1
+    message = "expected --ranks to be that of the launcher, 1; got 3: leave it out"
+    assert capsys.readouterr().err.endswith(f"syncbn demo: error: {message}\n")
 
 
 def test_interrupt_ends_every_rank(tmp_path):

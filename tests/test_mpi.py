@@ -1,63 +1,14 @@
 """Starts tests/mpi under mpirun, and what else needs an MPI world of its own."""
 
-import importlib.util
-import os
 import re
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-from syncbn.comm.launcher import Job, job
+from mpirun import mpirun, needs_mpi, run
 
 TESTS = Path(__file__).parent
-LAUNCHER_VARIABLES = (
-    *("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "PMI_RANK", "PMI_SIZE"),
-    *("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
-)
-# Of the environment's own MPI, else of the system's.
-MPIRUN = shutil.which("mpirun", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
-MISSING = [name for name in ("mpi4py", "pytest_mpi") if importlib.util.find_spec(name) is None]
-MISSING += ["mpirun"] * (MPIRUN is None)
-needs_mpi = pytest.mark.skipif(bool(MISSING), reason=f"there is no {', '.join(MISSING)}")
-
-# Each version of Open MPI knows some of these, and other MPI libraries need none.
-ENVIRONMENT = {
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",  # ranks may outnumber the cores
-    "OMPI_MCA_rmaps_base_oversubscribe": "1",
-    "OMPI_MCA_mpi_yield_when_idle": "1",
-    "OMPI_MCA_btl": "^ofi",  # whose search for networks takes a second
-    "OMPI_MCA_mtl": "^ofi",
-    "OMP_NUM_THREADS": "1",
-}
-
-
-def mpirun(ranks, *arguments, cwd=TESTS.parent, timeout=100):
-    """Runs `python -m mpi4py *arguments` on so many ranks; returns the exit code and what all of them said.
-
-    Raises:
-        subprocess.TimeoutExpired: after the ranks have been ended.
-    """
-    command = [MPIRUN, "-n", str(ranks), sys.executable, "-m", "mpi4py", *map(str, arguments)]
-    environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES} | ENVIRONMENT
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, cwd=cwd, stdin=subprocess.DEVNULL
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        process.terminate()  # mpirun then ends its ranks; killed, it would leave them behind
-        output, _ = process.communicate(timeout=20)
-        print(output.decode(errors="replace"))
-        raise
-    return process.returncode, output.decode(errors="replace").replace("\0", "")
-
-
-PYTEST = ("-m", "pytest", "--with-mpi", "-x", "-q", "--color=no", "-p", "no:cacheprovider")
+PYTEST = ("-m", "mpi4py", "-m", "pytest", "--with-mpi", "-x", "-q", "--color=no", "-p", "no:cacheprovider")
 
 
 @needs_mpi
@@ -121,13 +72,10 @@ sys.exit(main(["check"]))
     assert re.search(r"FAIL +even, torch, float16.*\[rank 1/2\] KeyError: 'mine alone'; the check ends here", output)
 
 
-def in_a_process(script, **environment):
-    variables = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES} | ENVIRONMENT | environment
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, env=variables, timeout=100
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+def in_a_process(script):
+    code, output = run(sys.executable, "-W", "ignore", "-c", script)
+    assert code == 0, output
+    return output
 
 
 @needs_mpi
@@ -148,7 +96,7 @@ def attempt(comm, **launcher):
 attempt(MPI.COMM_WORLD)
 attempt(MPI.COMM_WORLD, PMI_RANK="0", PMI_SIZE="3")
 attempt(MPI.COMM_WORLD.Dup(), RANK="0", WORLD_SIZE="3")
-attempt(MPI.COMM_WORLD, SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="3")
+attempt(MPI.COMM_WORLD, SLURM_STEP_ID="0", SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="3")
 attempt(MPI.COMM_SELF, PMI_RANK="0", PMI_SIZE="3")
 attempt(MPI.COMM_WORLD, PMI_RANK="0", PMI_SIZE="1")
 assert "torch" not in sys.modules
@@ -156,7 +104,8 @@ assert "torch" not in sys.modules
     ).splitlines()
     assert [output[0], *output[4:]] == ["accepted"] * 3
     for line, variable in zip(output[1:4], ("PMI_SIZE", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"), strict=True):
-        assert f"expected MPI.COMM_WORLD of 3 processes, for the launcher set {variable}; got 1: the launcher " in line
+        assert "[rank 0/3] expected MPI.COMM_WORLD to have the rank and size that the launcher set in " in line
+        assert f" and {variable}; got rank 0 of 1: the launcher and " in line
         assert "start with the mpirun that was installed with that library" in line
 
 
@@ -198,30 +147,3 @@ print("started:", MPI.Is_initialized(), "rc:", mpi4py.rc.initialize)
     )
     assert re.search(r"mpi +available: .*, not initialised; mpi4py will ask for thread level 'multiple'", output)
     assert "started: False rc: True" in output
-
-
-SLURM = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}
-OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}
-TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8"}
-
-
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({}, None),
-        (SLURM, Job("slurm", 0, 2, *SLURM)),
-        (SLURM | OPEN_MPI, Job("mpi", 1, 4, *OPEN_MPI)),
-        (SLURM | OPEN_MPI | TORCHRUN, Job("torch", 5, 8, *TORCHRUN)),
-        ({"PMI_RANK": "2", "PMI_SIZE": "3"}, Job("mpi", 2, 3, "PMI_RANK", "PMI_SIZE")),
-        ({"MV2_COMM_WORLD_RANK": "0", "MV2_COMM_WORLD_SIZE": "1"}, Job("mpi", 0, 1, *LAUNCHER_VARIABLES[-2:])),
-        ({"WORLD_SIZE": "8"}, None),
-        ({"RANK": "", "WORLD_SIZE": "8"} | SLURM, Job("slurm", 0, 2, *SLURM)),
-    ],
-    ids=["none", "srun", "mpirun_in_slurm", "torchrun_in_all", "mpich", "mvapich", "half", "empty"],
-)
-def test_the_innermost_launcher_counts(environment, expected, monkeypatch):
-    for name in LAUNCHER_VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert job() == expected

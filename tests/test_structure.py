@@ -21,8 +21,10 @@ ALLOWED = {
     "core": set(),
     "layout": set(),
     "kernels": {"kernels"},
-    "comm": {"comm"},
+    "launcher": set(),
+    "comm": {"comm", "launcher"},
     "mpi": {"comm"},
+    "world": {"world", "launcher", "comm", "mpi"},
     "functional": {"core", "layout", "kernels", "comm"},
     "numpy": {"core", "layout", "kernels", "comm"},
     "nn": {"nn", "functional", "kernels", "core", "comm"},
@@ -73,6 +75,7 @@ def test_the_rules_above_are_about_rooms_that_exist():
         ("import syncbn.numpy; syncbn.numpy.SyncBatchNorm(2)", ["torch", "mpi4py"]),
         ("import syncbn; syncbn.SyncBatchNorm(2)", ["mpi4py", "matplotlib", "sklearn"]),
         ("import syncbn.cli", ["torch", "numpy", "matplotlib", "sklearn", "mpi4py"]),
+        ("import syncbn.world; syncbn.world.read_environment()", ["torch", "numpy", "mpi4py"]),
     ],
 )
 def test_imports_are_lean(statement, absent):

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from .. import __version__
+from ..world import LaunchError
 
 INTERRUPTED = 128 + 2  # the exit code that shells give a command ended by Ctrl-C
 
@@ -27,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .info import info
 
         return info()
+    except LaunchError as error:
+        print(f"syncbn {arguments.command}: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nsyncbn: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -44,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         "check",
         help="compare the ranks of this launch with one process",
         description="Compares forward, backward and running statistics of the ranks of this launch (this process "
-        "alone, or those of torchrun ... -m syncbn check or of mpirun ... python -m mpi4py -m syncbn check) with "
+        "alone, or those of torchrun ... -m syncbn check, or of mpirun or srun python -m syncbn check) with "
         "nn.BatchNorm in float64 on the concatenated batch. Prints one line a check; exits with 1 when one fails.",
     )
     check.add_argument("--seed", type=int, default=0, help="of the random batches (default: %(default)s)")
@@ -69,7 +73,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="train with and without synchronisation, and compare",
         description="Trains one small network three times from the same weights and the same order of samples: in one "
         "process; on P ranks with SyncBatchNorm; on P ranks with unsynchronised nn.BatchNorm. Starts its own ranks, "
-        "or uses those of torchrun ... -m syncbn demo.",
+        "or uses those of torchrun ... -m syncbn demo, of mpirun or of srun python -m syncbn demo.",
         formatter_class=_HelpFormatter,
     )
     add = demo.add_argument

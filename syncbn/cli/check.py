@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -16,7 +15,7 @@ from .. import SyncBatchNorm
 from .. import numpy as numpy_frontend
 from ..comm import as_communicator
 from ..kernels import cpu
-from .ranks import Alone, ranks_of_this_launch
+from .ranks import Ranks
 from .tolerance import allowed_errors
 
 _CHANNELS, _SIDES = 5, (6, 7)
@@ -68,20 +67,20 @@ class Outcome(NamedTuple):
 
 def check(seed: int) -> int:
     """Runs all checks on the ranks of this launch; returns 0, or 1 on every rank if one failed on any."""
-    try:
-        ranks = ranks_of_this_launch(_CASE_TIMEOUT)
-    except RuntimeError as error:
-        print(f"syncbn check: error: {error}", file=sys.stderr)
-        return 1
+    with Ranks(_CASE_TIMEOUT) as ranks:
+        return _check(seed, ranks)
+
+
+def _check(seed: int, ranks: Ranks) -> int:
     cases, failed = list(all_cases(ranks.size)), 0
     for number, case in enumerate(cases):
         outcome = _attempt(case, seed + number, ranks)
         try:
-            outcomes = ranks.gather(outcome)
+            outcomes = ranks.gather(outcome, alone=bool(outcome.failure))
         except TimeoutError as error:
             where = f"[rank {ranks.rank}/{ranks.size}]"
             print(f"FAIL  {case!s:<50}  {where} {outcome.failure}; the check ends here: {error}", flush=True)
-            ranks.abort()
+            raise SystemExit(1) from error
         if any(outcome.failure for outcome in outcomes):
             ranks.renew()
         passed = _passed(case, outcomes)
@@ -90,10 +89,8 @@ def check(seed: int) -> int:
             print(f"{'ok  ' if passed else 'FAIL'}  {case!s:<50}  {_describe(case, outcomes)}", flush=True)
     if ranks.rank == 0:
         kernels = f"kernels cpu, {cpu.instruction_set()}" if cpu.instruction_set() else "kernels aten and reference"
-        print(
-            f"{len(cases)} checks on {ranks.name}, {kernels}: {f'{failed} failed' if failed else 'all ok'}", flush=True
-        )
-    ranks.close()
+        summary = f"{failed} failed" if failed else "all ok"
+        print(f"{len(cases)} checks on {ranks.name}, {kernels}: {summary}", flush=True)
     return 1 if failed else 0
 
 
@@ -111,7 +108,7 @@ def all_cases(ranks: int) -> Iterator[Case]:
         yield Case("uneven", "torch", "float32", "contiguous", synchronised=False)
 
 
-def _attempt(case: Case, seed: int, ranks: Alone) -> Outcome:
+def _attempt(case: Case, seed: int, ranks: Ranks) -> Outcome:
     try:
         return compare(case, seed, ranks.rank, ranks.size, ranks.group)
     except Exception as error:

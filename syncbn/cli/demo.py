@@ -7,6 +7,7 @@ import importlib.util
 import sys
 import traceback
 
+from ..world import LaunchError, read_environment
 from .errors import InputError
 from .launch import end_with_launcher, launch, launched_here, share_cores, under_launcher
 
@@ -39,7 +40,6 @@ def _missing_packages(folder: bool) -> list[str]:
 
 def _run_rank(arguments: argparse.Namespace) -> int:
     """Runs this rank's part. Errors go to the launcher through torch's error file; ours prints them, once."""
-    import torch.distributed as dist
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     handler = get_error_handler()
@@ -52,9 +52,10 @@ def _run_rank(arguments: argparse.Namespace) -> int:
         handler.record_exception(error)
         if launched_here():
             return 1
-        if not isinstance(error, InputError):
+        launch = read_environment()
+        if not isinstance(error, InputError | LaunchError):
             traceback.print_exc()
-        elif dist.get_rank() == 0:  # all ranks raised it together
+        elif isinstance(error, LaunchError) or launch is None or launch.rank == 0:  # an InputError all raised together
             print(f"syncbn demo: error: {error}", file=sys.stderr)
         return 1
     return 0

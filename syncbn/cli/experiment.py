@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from .. import convert_sync_batchnorm
+from .. import convert_sync_batchnorm, init_process_group
 from .dataset import Dataset, load_digits, load_folder, schedule
 from .errors import InputError
 from .report import draw, format_table, make_report, write_json
@@ -39,11 +39,8 @@ class Run(NamedTuple):
 
 def experiment(arguments: argparse.Namespace) -> None:
     """Runs the demo's three trainings on this rank; rank 0 prints and writes the report."""
-    dist.init_process_group("gloo")
-    try:
+    with init_process_group(device="cpu"):
         _experiment(arguments)
-    finally:
-        dist.destroy_process_group()  # its threads must not outlive the interpreter
 
 
 def _experiment(arguments: argparse.Namespace) -> None:

@@ -8,24 +8,28 @@ import platform
 from typing import Any
 
 from .. import __version__
-from ..comm.launcher import job
 from ..kernels import cpu
-from .launch import under_mpi
+from ..launcher import Launch, LaunchError, read_environment
 
 _TORCH_BACKENDS = ("gloo", "nccl", "mpi", "ucc", "xccl")
 
 
 def info() -> int:
     """Prints what there is; under a launcher on rank 0 only. Missing packages are named, not needed."""
-    launched, mpi = job(), _mpi()  # on every rank, for one of mpirun's that starts MPI waits for the others
-    if launched is not None and launched.kind != "slurm" and launched.rank != 0:
+    problem, launch = "", None
+    try:
+        launch = read_environment()
+    except LaunchError as error:
+        problem = f"unclear: {error}"
+    mpi = _mpi(launch)  # on every rank, for one of mpirun's that starts MPI waits for the others
+    if launch is not None and launch.rank != 0:
         return 0
     torch = _import_torch()
     sections = {
         "versions": _versions(),
         "kernels": _kernels(torch),
         "communicators": {**_communicators(torch), "mpi": mpi},
-        "chosen here": _chosen(torch),
+        "chosen here": _chosen(torch, launch, problem),
     }
     width = max(len(name) for lines in sections.values() for name in lines) + 2
     for title, lines in sections.items():
@@ -74,14 +78,14 @@ def _communicators(torch: Any) -> dict[str, str]:
     return {"local": "available: this process alone", "torch": backends}
 
 
-def _mpi() -> str:
+def _mpi(launch: Launch | None) -> str:
     """Describes mpi4py's MPI, which is initialised under mpirun only."""
     try:
         import mpi4py
     except ImportError:
         return 'not available: mpi4py is not installed; pip install "syncbn[mpi]"'
     before = mpi4py.rc.initialize
-    mpi4py.rc.initialize = before and under_mpi()
+    mpi4py.rc.initialize = before and launch is not None and launch.is_mpi
     try:
         from mpi4py import MPI
 
@@ -92,33 +96,30 @@ def _mpi() -> str:
         mpi4py.rc.initialize = before
     state = f"not initialised; mpi4py will ask for thread level {mpi4py.rc.thread_level!r}"
     if MPI.Is_initialized() and not MPI.Is_finalized():
-        size, launched = MPI.COMM_WORLD.Get_size(), job()
+        size = MPI.COMM_WORLD.Get_size()
         state = f"{thread_level()}, MPI.COMM_WORLD of {size}"
-        if launched is not None and launched.size > size:
-            state += f" where the launcher started {launched.size}: use the mpirun that came with this library"
+        if launch is not None and launch.world_size > size:
+            state += f" where the launcher started {launch.world_size}: use the mpirun that came with this library"
     return f"available: any intracommunicator of mpi4py; {library()}, {state}"
 
 
-def _chosen(torch: Any) -> dict[str, str]:
+def _chosen(torch: Any, launch: Launch | None, problem: str) -> dict[str, str]:
     """What process_group=None and an array would get, and why."""
     device = "the CPU: torch sees no CUDA or ROCm device"
     if torch is None:
         device = "the CPU, for want of torch"
     elif torch.cuda.is_available():
         device = f"that of the input; torch sees {torch.cuda.device_count()} CUDA or ROCm devices beside the CPU"
-    launched = job()
-    local = "local, for torch.distributed is not initialised; torch, once it is"
-    if launched is None:
-        world = "1 process: RANK and WORLD_SIZE are not set, nor what mpirun or srun set"
-        communicator = local
+    if launch is not None:
+        world = f"rank {launch.rank} of {launch.world_size}, by the launcher's {launch.source}"
+        communicator = "torch, once syncbn.init_process_group() has been called; until then local"
+        if launch.is_mpi:
+            communicator += "; or mpi with process_group=mpi4py.MPI.COMM_WORLD"
     else:
-        names = f"{launched.rank_variable} and {launched.size_variable}"
-        world = f"rank {launched.rank} of {launched.size}, by the launcher's {names}"
-        communicator = "torch, once torch.distributed.init_process_group() has been called; until then local"
-        if launched.kind != "torch":
-            communicator = f"mpi with process_group=mpi4py.MPI.COMM_WORLD; with None {local}"
+        world = "1 process: RANK and WORLD_SIZE are not set, nor what mpirun or srun sets: no launcher started this"
+        communicator = "local, for torch.distributed is not initialised; torch, once it is"
     return {
-        "world": world,
+        "world": problem or world,
         "communicator": communicator,
         "kernels": "cpu for torch tensors on the CPU and NumPy arrays, aten for tensors on other devices"
         if cpu.instruction_set()

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..comm.launcher import job
+from ..launcher import read_environment
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -27,17 +27,12 @@ _SHUTDOWN_SECONDS = 5  # from SIGTERM to SIGKILL
 
 
 def under_launcher() -> bool:
-    """Returns whether this process is a rank already: of torchrun, or of whoever else sets torch's variables."""
-    launched = job()
-    return launched is not None and launched.kind == "torch"
+    """Returns whether this process is a rank already: of torchrun, mpirun, srun or another launcher.
 
-
-def under_mpi() -> bool:
-    """Returns whether this process is one of several of an mpirun, or of srun's under `python -m mpi4py`."""
-    launched = job()
-    if launched is None or launched.size == 1:
-        return False
-    return launched.kind == "mpi" or (launched.kind == "slurm" and "mpi4py" in sys.modules)
+    A shell that srun started is a Slurm task of its own; what is typed there is not meant as a world of one.
+    """
+    launch = read_environment()
+    return launch is not None and (launch.launcher != "slurm" or launch.world_size > 1)
 
 
 def launched_here() -> bool:

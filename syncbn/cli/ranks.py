@@ -1,127 +1,85 @@
-"""The ranks of a launch that `syncbn check` runs on: torchrun's over Gloo, mpirun's over MPI, or this process alone."""
+"""The ranks of a launch that `syncbn check` runs on: those of torchrun, mpirun or srun, or this process alone."""
 
 from __future__ import annotations
 
-import sys
 import time
 from datetime import timedelta
+from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
 
-from .launch import under_launcher, under_mpi
+from ..world import World, init_process_group
+from .launch import under_launcher
 
 _REPORT_TIMEOUT = timedelta(seconds=600)
 
 
-class Alone:
-    """This process.
+class Ranks:
+    """Joins the ranks of this launch, where torch.distributed has not; as a context, leaves them.
+
+    Args:
+        timeout: of a rank's wait for a message of group's, where the backend frees it then. MPI does not.
 
     Attributes:
         rank, size: this process's number, and how many there are.
         group: what the layers under test take as process_group.
         name: of the ranks, for people.
-    """
 
-    def __init__(self) -> None:
-        self.rank, self.size = 0, 1
-        self.group: Any = None
-        self.name = "one process (ranks: torchrun ... -m syncbn check, or mpirun ... python -m mpi4py -m syncbn check)"
-
-    def gather(self, report: Any) -> list[Any]:
-        """Returns the reports of all ranks, on every rank; report.failure is what this rank raised, or "".
-
-        Raises:
-            TimeoutError: this rank raised alone, and the others wait for its message for ever.
-        """
-        return [report]
-
-    def renew(self) -> None:
-        """Makes another group, for a failure may have left ranks at different messages of the old one."""
-
-    def close(self) -> None:
-        """Leaves the other ranks."""
-
-    def abort(self) -> None:
-        """Ends all ranks."""
-        sys.exit(1)
-
-
-class TorchRanks(Alone):
-    """The ranks of torch.distributed, which is initialised over Gloo where it is not.
-
-    Args:
-        timeout: of a rank's wait for a message of group's.
+    Raises:
+        LaunchError: see init_process_group.
     """
 
     def __init__(self, timeout: timedelta) -> None:
-        self._timeout, self._initialised = timeout, not dist.is_initialized()
-        if self._initialised:
-            dist.init_process_group("gloo")
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.name = f"{self.size} ranks"
-        # Reports go over a group of their own: the cases' may be held up by a rank that raised.
-        self._reports = dist.new_group(timeout=_REPORT_TIMEOUT)
-        self.renew()
+        self._timeout = timeout
+        self._world: World | None = None
+        if under_launcher() and not dist.is_initialized():
+            self._world = init_process_group(device="cpu")
+        joined = dist.is_initialized()
+        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+        self.group: Any = None
+        self.name = "one process (ranks: torchrun ... -m syncbn check, or mpirun or srun python -m syncbn check)"
+        if self.size > 1:
+            self.name = f"{self.size} ranks over {dist.get_backend()}"
+            # Reports go over a group of their own: the cases' may be held up by a rank that raised.
+            self._reports = dist.new_group(timeout=_REPORT_TIMEOUT)
+            self.renew()
+        if self.rank == 0 and self._world is not None:
+            print(self._world, flush=True)
 
-    def gather(self, report: Any) -> list[Any]:
+    def gather(self, report: Any, alone: bool) -> list[Any]:
+        """Returns the reports of all ranks, on every rank.
+
+        Args:
+            report: this rank's.
+            alone: whether this rank raised, so that the others may be waiting for a message of its.
+
+        Raises:
+            TimeoutError: they are, for ever.
+        """
+        if self.size == 1:
+            return [report]
+        arrived = dist.barrier(group=self._reports, async_op=True)
+        deadline = time.monotonic() + 3 * self._timeout.total_seconds()
+        while not arrived.is_completed():
+            if alone and time.monotonic() > deadline:
+                raise TimeoutError("the other ranks wait for this one's message, and nothing frees them")
+            time.sleep(0.0005)
+        arrived.wait()
         reports = [report] * self.size
         dist.all_gather_object(reports, report, group=self._reports)
         return reports
 
     def renew(self) -> None:
-        self.group = dist.new_group(timeout=self._timeout)
+        """Makes another group, for a failure may have left ranks at different messages of the old one."""
+        if self.size > 1:
+            self.group = dist.new_group(timeout=self._timeout)
 
-    def close(self) -> None:
-        if self._initialised:
-            dist.destroy_process_group()
+    def __enter__(self) -> Ranks:
+        return self
 
-
-class MPIRanks(Alone):
-    """The ranks of MPI.COMM_WORLD.
-
-    Args:
-        timeout: how long a rank that raised waits for the others, which MPI does not free.
-    """
-
-    def __init__(self, timeout: timedelta) -> None:
-        try:
-            from mpi4py import MPI
-        except ImportError as error:
-            raise RuntimeError(
-                f'expected mpi4py, for mpirun started this process; got {error}: pip install "syncbn[mpi]"'
-            ) from None
-        from ..comm import as_communicator
-        from ..comm.mpi import library
-
-        as_communicator(MPI.COMM_WORLD)  # raises where it is not the launcher's
-        self._timeout, self._world, self._reports = timeout, MPI.COMM_WORLD, MPI.COMM_WORLD.Dup()
-        self.rank, self.size = self._world.Get_rank(), self._world.Get_size()
-        self.name = f"{self.size} ranks over {library()}"
-        self.renew()
-
-    def gather(self, report: Any) -> list[Any]:
-        arrived, deadline = self._reports.Ibarrier(), time.monotonic() + self._timeout.total_seconds()
-        while not arrived.Test():
-            if report.failure and time.monotonic() > deadline:
-                raise TimeoutError("the other ranks wait for this one's message, and MPI cannot free them")
-            time.sleep(0.0005)
-        reports: list[Any] = self._reports.allgather(report)
-        return reports
-
-    def renew(self) -> None:
-        self.group = self._world.Dup()
-
-    def abort(self) -> None:
-        self._world.Abort(1)
-
-
-def ranks_of_this_launch(timeout: timedelta) -> Alone:
-    """Returns the ranks; see their classes for the timeout.
-
-    Raises:
-        RuntimeError: launched by mpirun, and there is no mpi4py, or its MPI does not know the launcher.
-    """
-    if dist.is_initialized() or under_launcher():
-        return TorchRanks(timeout)
-    return MPIRanks(timeout) if under_mpi() else Alone()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._world is not None:
+            self._world.__exit__(kind, error, trace)

@@ -55,7 +55,8 @@ def as_communicator(group: Any, argument: str = "process_group") -> Communicator
     Raises:
         TypeError: anything else.
         ValueError: a group this process is not in, a mesh of more than one dimension, or an intercommunicator.
-        RuntimeError: an MPI world of one process where a launcher started several, or MPI is not initialised.
+        LaunchError: an MPI world of one process where a launcher started several.
+        RuntimeError: MPI is not initialised.
     """
     for communicator_of in _loaded():
         communicator = communicator_of(group)

@@ -6,7 +6,7 @@ from typing import Any
 
 from mpi4py import MPI
 
-from .launcher import job
+from ..launcher import Launch, LaunchError, read_environment
 from .local import LocalCommunicator
 
 _IN_PLACE, _DOUBLE, _memory = MPI.IN_PLACE, MPI.DOUBLE, MPI.buffer.fromaddress
@@ -115,19 +115,24 @@ def communicator_of(group: Any) -> MPICommunicator | LocalCommunicator | None:
         raise ValueError("expected an MPI intracommunicator; got an intercommunicator: merge it with its Merge method")
     if group.Get_size() > 1:
         return MPICommunicator(group)
-    if group != MPI.COMM_SELF:
-        _check_world()
+    if group != MPI.COMM_SELF and MPI.COMM_WORLD.Get_size() == 1:
+        check_world(read_environment())
     return LocalCommunicator()
 
 
-def _check_world() -> None:
-    """Refuses the world of an MPI library that does not know the launcher, which so starts many worlds of one."""
-    launched = job()
-    if launched is not None and launched.size > MPI.COMM_WORLD.Get_size() == 1:
-        raise RuntimeError(
-            f"expected MPI.COMM_WORLD of {launched.size} processes, for the launcher set {launched.size_variable}; got "
-            f"1: the launcher and {library()}, which mpi4py has loaded, do not belong together; start with the mpirun "
-            "that was installed with that library (under Slurm, with srun's fitting --mpi option)"
+def check_world(launch: Launch | None) -> None:
+    """Refuses the world of an MPI library that does not know the launcher, which so starts many worlds of one.
+
+    Args:
+        launch: what read_environment returned; None where there is no launcher, and nothing to compare.
+    """
+    rank, size = MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size()
+    if launch is not None and (launch.rank, launch.world_size) != (rank, size):
+        raise LaunchError(
+            f"[rank {launch.rank}/{launch.world_size}] expected MPI.COMM_WORLD to have the rank and size that the "
+            f"launcher set in {launch.source}; got rank {rank} of {size}: the launcher and {library()}, which mpi4py "
+            "has loaded, do not belong together; start with the mpirun that was installed with that library (under "
+            "Slurm, with srun's fitting --mpi option)"
         )
 
 

@@ -1,11 +1,12 @@
 """The torch.distributed backend "mpi4py": process groups on MPI communicators, for any torch from PyPI.
 
 register() makes the name known to torch.distributed, and the URL "mpi://" to its rendezvous; `import syncbn.mpi` calls
-it. Ranks and sizes are MPI's, and no variable of a launcher's is read.
+it. Ranks and sizes are MPI's.
 """
 
 from __future__ import annotations
 
+import os
 import socket
 import warnings
 import zlib
@@ -16,11 +17,12 @@ from typing import Any
 import torch.distributed as dist
 from mpi4py import MPI
 from torch._C._distributed_c10d import HashStore, Store, TCPStore
-from torch.distributed.rendezvous import register_rendezvous_handler
+from torch.distributed.rendezvous import _rendezvous_handlers, register_rendezvous_handler
 
 from .mpi import MPICommunicator, communicator_of
 from .mpi_operations import DESTROYED, NAME, Operations
 
+_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that torch.distributed reads
 _TRY_SECONDS = 5.0  # for one of the addresses of the host of rank 0
 
 
@@ -103,7 +105,7 @@ def create(options: Any, _: Any = None) -> MPIProcessGroup:
         raise ValueError(
             f'expected rank {world.Get_rank()} of {world.Get_size()}, as in MPI.COMM_WORLD, for the backend "{NAME}"; '
             f"got rank {rank}, and ranks up to {max(ranks)}: start with mpirun or mpiexec, and call "
-            f'torch.distributed.init_process_group("{NAME}", init_method="mpi://")'
+            f'torch.distributed.init_process_group("{NAME}") with RANK, WORLD_SIZE and init_method unset'
         )
     members = world.Get_group().Incl(ranks)
     # The tag keeps groups apart that threads make at the same time, and MPI has 32768 at least. It is not made of the
@@ -114,10 +116,23 @@ def create(options: Any, _: Any = None) -> MPIProcessGroup:
 
 
 def register() -> None:
-    """Registers the backend "mpi4py" and the rendezvous "mpi://" with torch.distributed, once."""
-    if NAME not in dist.Backend.backend_list:
-        dist.Backend.register_backend(NAME, create, extended_api=True, devices=["cpu", "cuda"])
-        register_rendezvous_handler("mpi", _rendezvous)  # type: ignore[no-untyped-call]
+    """Registers the backend "mpi4py" and the rendezvous "mpi://" with torch.distributed, once.
+
+    "mpi://" is then also what init_process_group does without an init_method, a store or any of torch's variables,
+    which is an error otherwise: MPI knows what they would say.
+    """
+    if NAME in dist.Backend.backend_list:
+        return
+    dist.Backend.register_backend(NAME, create, extended_api=True, devices=["cpu", "cuda"])
+    register_rendezvous_handler("mpi", _rendezvous)  # type: ignore[no-untyped-call]
+    of_environment = _rendezvous_handlers["env"]  # torch has no other way to replace one
+
+    def environment_or_mpi(url: str, *arguments: Any, **options: Any) -> Iterator[tuple[Store, int, int]]:
+        given = url != "env://" or any(name in os.environ for name in _VARIABLES)
+        found: Iterator[tuple[Store, int, int]] = (of_environment if given else _rendezvous)(url, *arguments, **options)
+        return found
+
+    _rendezvous_handlers["env"] = environment_or_mpi
 
 
 def _rendezvous(url: str, timeout: timedelta = timedelta(minutes=30), **_: Any) -> Iterator[tuple[Store, int, int]]:

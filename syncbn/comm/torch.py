@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from .launcher import job
+from ..launcher import LaunchError, read_environment
 from .local import LocalCommunicator
 
 if TYPE_CHECKING:
@@ -77,13 +77,21 @@ def _warn_of_a_launcher() -> None:
     if _looked_for_a_launcher:
         return
     _looked_for_a_launcher = True
-    launched = job()
-    if launched is not None and launched.kind != "slurm" and launched.size > 1:  # srun starts jobs of their own, too
-        over_mpi = "pass process_group=mpi4py.MPI.COMM_WORLD, or " if launched.kind == "mpi" else ""
-        warnings.warn(
-            f"launched as one of {launched.size} processes, but torch.distributed is not initialised: statistics are "
-            f"this process's alone; {over_mpi}call torch.distributed.init_process_group, or pass "
-            "process_group=syncbn.comm.LocalCommunicator() if that is meant",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    remedy = "call syncbn.init_process_group (or torch.distributed's)"
+    try:
+        launch = read_environment()
+    except LaunchError as error:
+        state = f"launched in an environment that contradicts itself ({error})"
+    else:
+        # srun starts processes that are jobs of their own, too.
+        if launch is None or launch.launcher == "slurm" or launch.world_size == 1:
+            return
+        state = f"launched as one of {launch.world_size} processes"
+        if launch.is_mpi:
+            remedy = f"pass process_group=mpi4py.MPI.COMM_WORLD, or {remedy}"
+    warnings.warn(
+        f"{state}, but torch.distributed is not initialised: statistics are this process's alone; {remedy}, or pass "
+        "process_group=syncbn.comm.LocalCommunicator() if that is meant",
+        RuntimeWarning,
+        stacklevel=2,
+    )

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# MPICH's or Intel MPI's mpiexec starts NP ranks, on this machine or on HOSTS.
+#
+#   NP=4 launch/mpirun_mpich.sh train.py --epochs 3
+#   HOSTS=node0,node1 PPN=2 NP=4 launch/mpirun_mpich.sh -m syncbn check
+#
+# Variables, with their defaults:
+#   NP               ranks, of all machines together: 2
+#   HOSTS            this machine alone; else machines, name,..., which ssh must reach
+#   PPN              ranks of each machine: NP / number of HOSTS
+#   MPIEXEC          mpiexec: the one beside mpi4py's MPI library (python -m mpi4py --mpi-lib-version)
+#   MPIEXEC_OPTIONS  more of mpiexec's own, such as "-iface eth0"
+#   PYTHON           python: that of your environment
+#   BIND             1: each rank on its own cores, where there are enough
+#   OMP_NUM_THREADS  threads of each rank: physical cores / PPN, machines being alike
+set -euo pipefail
+if [[ $# == 0 || $1 == -h || $1 == --help ]]; then
+  sed -n '2,/^set /s/^# \{0,1\}//p' "$0"
+  [[ $# == 0 ]] && exit 2
+  exit 0
+fi
+PYTHON="${PYTHON:-python}"
+MPIEXEC="${MPIEXEC:-mpiexec}"
+NP="${NP:-2}"
+HOSTS="${HOSTS:-}"
+commas="${HOSTS//[^,]/}"
+machines=$((${#commas} + 1))
+PPN="${PPN:-$(((NP + machines - 1) / machines))}"
+# The physical cores that this shell may use, one CPU of each.
+read -ra cores <<<"$("$PYTHON" -c '
+import os
+def core(cpu):
+    try:
+        return open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read()
+    except OSError:
+        return cpu
+print(*sorted({core(cpu): cpu for cpu in sorted(os.sched_getaffinity(0), reverse=True)}.values()))')"
+threads=$((${#cores[@]} > PPN ? ${#cores[@]} / PPN : 1))
+
+# What makes training fast on CPUs and safe on GPUs; the same lines in every file of this folder.
+# Threads beyond the cores of a rank take other ranks' cores away.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}"
+# glibc returns the memory of large tensors to the kernel at every step, and fresh pages cost more than the arithmetic;
+# these three keep it (the first alone makes it worse).
+export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_:-0}" MALLOC_TOP_PAD_="${MALLOC_TOP_PAD_:-67108864}"
+export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-17179869184}"
+# A message over NCCL that does not end in time ends its process: torch's default, unless a shell has turned it off.
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=3
+# At that end every rank writes down its last messages, which show the rank that sent another one, or none.
+export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"
+export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
+# NCCL gives reasons for its errors.
+export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
+
+command=("$MPIEXEC" -n "$NP")
+[[ -z $HOSTS ]] || command+=(-hosts "$HOSTS" -ppn "$PPN")
+# Each rank stays on cores of its own: threads that wander lose their caches. Too few cores: share them all.
+bind=0
+if [[ ${BIND:-1} == 1 ]] && ((PPN * OMP_NUM_THREADS <= ${#cores[@]})); then
+  bind=1
+fi
+if [[ $("$MPIEXEC" --version 2>/dev/null) == *Intel* ]]; then
+  export I_MPI_PIN="$bind" I_MPI_PIN_DOMAIN="${I_MPI_PIN_DOMAIN:-omp}" # a rank's cores: as many as OMP_NUM_THREADS
+elif [[ $bind == 1 ]]; then
+  command+=(-bind-to "core:$OMP_NUM_THREADS")
+fi
+read -ra options <<<"${MPIEXEC_OPTIONS:-}"
+command+=("${options[@]}" "$PYTHON" "$@")
+printf '%q ' "${command[@]}" >&2
+echo >&2
+exec "${command[@]}"

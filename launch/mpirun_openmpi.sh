@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# Open MPI's mpirun (4.1 or 5) starts NP ranks, on this machine or on HOSTS.
+#
+#   NP=4 launch/mpirun_openmpi.sh train.py --epochs 3
+#   HOSTS=node0:2,node1:2 NP=4 launch/mpirun_openmpi.sh -m syncbn check
+#
+# Variables, with their defaults:
+#   NP               ranks, of all machines together: 2
+#   HOSTS            this machine alone; else machines and their ranks, name:ranks,..., which ssh must reach
+#   MPIRUN           mpirun: the one beside mpi4py's MPI library (python -m mpi4py --mpi-lib-version)
+#   MPIRUN_OPTIONS   more of mpirun's own, such as "--prefix /opt/openmpi --mca btl_tcp_if_include eth0"
+#   PYTHON           python: that of your environment
+#   BIND             1: each rank on its own cores, where there are enough
+#   OMP_NUM_THREADS  threads of each rank: physical cores / ranks of a machine, machines being alike
+#
+# As root, in a container, Open MPI wants OMPI_ALLOW_RUN_AS_ROOT=1 and OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1.
+set -euo pipefail
+if [[ $# == 0 || $1 == -h || $1 == --help ]]; then
+  sed -n '2,/^set /s/^# \{0,1\}//p' "$0"
+  [[ $# == 0 ]] && exit 2
+  exit 0
+fi
+PYTHON="${PYTHON:-python}"
+NP="${NP:-2}"
+HOSTS="${HOSTS:-}"
+first="${HOSTS%%,*}"
+local_ranks="$NP"
+[[ $first == *:* ]] && local_ranks="${first##*:}"
+# The physical cores that this shell may use, one CPU of each.
+read -ra cores <<<"$("$PYTHON" -c '
+import os
+def core(cpu):
+    try:
+        return open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read()
+    except OSError:
+        return cpu
+print(*sorted({core(cpu): cpu for cpu in sorted(os.sched_getaffinity(0), reverse=True)}.values()))')"
+threads=$((${#cores[@]} > local_ranks ? ${#cores[@]} / local_ranks : 1))
+
+# What makes training fast on CPUs and safe on GPUs; the same lines in every file of this folder.
+# Threads beyond the cores of a rank take other ranks' cores away.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}"
+# glibc returns the memory of large tensors to the kernel at every step, and fresh pages cost more than the arithmetic;
+# these three keep it (the first alone makes it worse).
+export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_:-0}" MALLOC_TOP_PAD_="${MALLOC_TOP_PAD_:-67108864}"
+export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-17179869184}"
+# A message over NCCL that does not end in time ends its process: torch's default, unless a shell has turned it off.
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=3
+# At that end every rank writes down its last messages, which show the rank that sent another one, or none.
+export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"
+export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
+# NCCL gives reasons for its errors.
+export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
+
+command=("${MPIRUN:-mpirun}" -n "$NP")
+[[ -z $HOSTS ]] || command+=(--host "$HOSTS")
+# Each rank stays on cores of its own: threads that wander lose their caches. Too few cores: share them all.
+if [[ ${BIND:-1} == 1 ]] && ((local_ranks * OMP_NUM_THREADS <= ${#cores[@]})); then
+  command+=(--map-by "slot:PE=$OMP_NUM_THREADS" --bind-to core)
+else
+  command+=(--oversubscribe --bind-to none)
+fi
+for name in OMP_NUM_THREADS ${!MALLOC_*} ${!TORCH_*} ${!NCCL_*} ${!GLOO_*} ${!MASTER_*}; do
+  command+=(-x "$name") # mpirun gives other machines only what it is told to
+done
+read -ra options <<<"${MPIRUN_OPTIONS:-}"
+command+=("${options[@]}" "$PYTHON" "$@")
+printf '%q ' "${command[@]}" >&2
+echo >&2
+exec "${command[@]}"

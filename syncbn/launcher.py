@@ -1,0 +1,246 @@
+"""What the launcher's environment variables say about this process. Reads only: no torch, no MPI, no messages."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+MPI_LAUNCHERS = ("openmpi", "mvapich2", "hydra")
+_LOOPBACK = "127.0.0.1"
+# Below Linux's range of ports for outgoing connections, any of which may be taken.
+_FIRST_PORT, _PORTS, _STEPS_PER_JOB = 20000, 12768, 16
+
+
+class LaunchError(RuntimeError):
+    """The launcher's ranks cannot become a world. The message says why and what to do, and needs no traceback."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process's place among those that a launcher started, as far as the environment says.
+
+    Attributes:
+        launcher: torchrun, openmpi, mvapich2, hydra (MPICH's or Intel MPI's mpirun), slurm (srun) or environment
+            (RANK and WORLD_SIZE, set by whoever it was).
+        rank, world_size: this process's number, from 0, and how many there are.
+        local_rank, local_world_size: the same among the processes of this node, or None.
+        master_addr, master_port: where rank 0 can be reached, given or derived from the job, or None.
+        job: what tells this job from others, or "".
+        source: the variables that rank and world_size are from, for people.
+    """
+
+    launcher: str
+    rank: int
+    world_size: int
+    local_rank: int | None
+    local_world_size: int | None
+    master_addr: str | None
+    master_port: int | None
+    job: str
+    source: str
+
+    @property
+    def is_mpi(self) -> bool:
+        """Whether MPI itself started this process, and so can carry the address of rank 0."""
+        return self.launcher in MPI_LAUNCHERS
+
+
+class _Variables(NamedTuple):
+    """The variables of a launcher; those of local rank and size, and of the job, may be unset."""
+
+    launcher: str
+    rank: str
+    world_size: str
+    local_rank: str
+    local_world_size: str
+    job: tuple[str, ...] = ()
+
+
+_TORCHRUN = _Variables(
+    "torchrun",
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"),
+)
+_OPENMPI = _Variables(
+    "openmpi",
+    "OMPI_COMM_WORLD_RANK",
+    "OMPI_COMM_WORLD_SIZE",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ("PMIX_NAMESPACE",),
+)
+_MVAPICH2 = _Variables(
+    "mvapich2",
+    "MV2_COMM_WORLD_RANK",
+    "MV2_COMM_WORLD_SIZE",
+    "MV2_COMM_WORLD_LOCAL_RANK",
+    "MV2_COMM_WORLD_LOCAL_SIZE",
+)
+_HYDRA = _Variables("hydra", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+# The step's number of tasks: SLURM_NTASKS is the job's in an interactive step, which has one task.
+_SLURM = _Variables(
+    "slurm",
+    "SLURM_PROCID",
+    "SLURM_STEP_NUM_TASKS",
+    "SLURM_LOCALID",
+    "",
+    ("SLURM_JOB_ID", "SLURM_STEP_ID"),
+)
+_ENVIRONMENT = _Variables("environment", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+def read_environment(environ: Mapping[str, str] | None = None) -> Launch | None:
+    """Returns this process's place in the job that a launcher made it part of, or None where there is no launcher.
+
+    Launchers nest, and the variables of the outer ones stay visible. So the innermost is looked for first:
+
+    1. torchrun, by TORCHELASTIC_RUN_ID: it runs inside srun, mpirun or a Kubernetes job, never around them.
+    2. Open MPI, by OMPI_COMM_WORLD_*; MVAPICH2, by MV2_COMM_WORLD_*; MPICH and Intel MPI, by PMI_RANK. Within a Slurm
+       allocation their ranks carry SLURM_PROCID of the daemons that started them. PMI_RANK without MPI_LOCALRANKID
+       within a Slurm step is srun --mpi=pmi2.
+    3. srun, by SLURM_STEP_ID and SLURM_PROCID. A batch script has the second alone: it is no task.
+    4. RANK and WORLD_SIZE, which a PyTorchJob or a script of one's own sets.
+
+    In 2 and 3 RANK and WORLD_SIZE may be set too, to the same numbers.
+
+    MASTER_ADDR and MASTER_PORT are taken as given. In a Slurm step without them rank 0's node is the first of the
+    step's list, and the port follows from the job's and the step's number.
+
+    Args:
+        environ: the environment variables; os.environ if None.
+
+    Raises:
+        LaunchError: variables that are incomplete, no numbers, out of range or contradictory.
+
+    >>> launch = read_environment({"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"})
+    >>> launch.launcher, launch.rank, launch.world_size, launch.local_rank
+    ('environment', 3, 4, None)
+    >>> read_environment({}) is None
+    True
+    """
+    environ = os.environ if environ is None else environ
+    variables = _innermost(environ)
+    if variables is None:
+        return None
+    if variables is _SLURM and not environ.get(variables.world_size):
+        variables = variables._replace(world_size="SLURM_NTASKS")
+    rank, world_size = _place(environ, variables)
+    if variables.launcher not in ("torchrun", "environment"):
+        _check_agreement(environ, variables, rank, world_size)
+    local_rank = _number(environ, variables.local_rank)
+    local_world_size = _number(environ, variables.local_world_size)
+    addr, port = environ.get("MASTER_ADDR") or None, _number(environ, "MASTER_PORT")
+    if variables.launcher == "slurm":
+        local_world_size = _tasks_on_this_node(environ)
+        addr = addr or (_LOOPBACK if local_world_size == world_size else _first_node(environ))
+        port = port or _slurm_port(environ)
+    if port is not None and not 0 < port < 2**16:
+        raise LaunchError(f"expected MASTER_PORT from 1 to 65535; got {port}: set another, the same on every rank")
+    _check_local(variables, rank, world_size, local_rank, local_world_size)
+    return Launch(
+        variables.launcher,
+        rank,
+        world_size,
+        local_rank,
+        local_world_size,
+        addr,
+        port,
+        job=".".join(filter(None, (environ.get(name) for name in variables.job))),
+        source=f"{variables.rank} and {variables.world_size}",
+    )
+
+
+def _innermost(environ: Mapping[str, str]) -> _Variables | None:
+    """Returns the variables of the launcher that started this process itself. See read_environment for the rule."""
+    slurm_task = "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ
+    if "TORCHELASTIC_RUN_ID" in environ:
+        return _TORCHRUN
+    for variables in (_OPENMPI, _MVAPICH2):
+        if variables.rank in environ or variables.world_size in environ:
+            return variables
+    if "PMI_RANK" in environ and ("MPI_LOCALRANKID" in environ or not slurm_task):
+        return _HYDRA
+    if slurm_task:
+        return _SLURM
+    return _ENVIRONMENT if "RANK" in environ or "WORLD_SIZE" in environ else None
+
+
+def _place(environ: Mapping[str, str], variables: _Variables) -> tuple[int, int]:
+    """Returns rank and world size, which must both be there."""
+    rank, world_size = _number(environ, variables.rank), _number(environ, variables.world_size)
+    if rank is None or world_size is None:
+        there, missing = variables.rank, variables.world_size
+        if rank is None:
+            there, missing = missing, there
+        raise LaunchError(
+            f"expected {variables.rank} and {variables.world_size}, both or neither; got "
+            f"{there}={environ.get(there, '')!r} without {missing}: set it, or start the ranks with a launcher, such "
+            f"as torchrun, or unset {there} to run one process"
+        )
+    if rank >= world_size:
+        raise LaunchError(
+            f"expected {variables.rank} below {variables.world_size}; got {rank} of {world_size}: ranks count from 0"
+        )
+    return rank, world_size
+
+
+def _number(environ: Mapping[str, str], name: str) -> int | None:
+    """Returns the variable's value, or None where it is unset or empty."""
+    value = environ.get(name, "").strip()
+    if value and not value.isdecimal():
+        raise LaunchError(f"expected {name} to be a whole number; got {value!r}: set a number, or unset it")
+    return int(value) if value else None
+
+
+def _check_agreement(environ: Mapping[str, str], variables: _Variables, rank: int, world_size: int) -> None:
+    """Refuses RANK or WORLD_SIZE, left over from somewhere else, that a launcher's own variables contradict."""
+    given = {name: _number(environ, name) for name in ("RANK", "WORLD_SIZE")}
+    expected = {"RANK": rank, "WORLD_SIZE": world_size}
+    wrong = [f"{name}={value}" for name, value in given.items() if value not in (None, expected[name])]
+    if wrong:
+        raise LaunchError(
+            f"expected RANK and WORLD_SIZE to be unset or those of the launcher, {variables.rank}={rank} of "
+            f"{variables.world_size}={world_size}; got {' and '.join(wrong)}: unset RANK and WORLD_SIZE; "
+            "where each process of an outer launcher starts several ranks, start them with torchrun"
+        )
+
+
+def _check_local(
+    variables: _Variables, rank: int, world_size: int, local_rank: int | None, local_world_size: int | None
+) -> None:
+    if local_world_size is not None and not (local_rank or 0) < local_world_size <= world_size:
+        raise LaunchError(
+            f"[rank {rank}/{world_size}] expected {variables.local_rank} below the number of ranks on this node, and "
+            f"that to be at most {world_size}; got {local_rank} of {local_world_size}: unset what the launcher did "
+            "not set"
+        )
+
+
+def _tasks_on_this_node(environ: Mapping[str, str]) -> int | None:
+    """Returns how many tasks of the Slurm step are on this node: 3 of "2(x2),3" for node 2."""
+    counts: list[int] = []
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "")):
+        counts += [int(count)] * int(times or 1)
+    node = _number(environ, "SLURM_NODEID") or 0
+    return counts[node] if node < len(counts) else None
+
+
+def _first_node(environ: Mapping[str, str]) -> str | None:
+    """Returns the first host of the Slurm step's list: gpu007 of "gpu[007-009,12],cpu1"."""
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or ""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group()) if first and first.group() else None
+
+
+def _slurm_port(environ: Mapping[str, str]) -> int | None:
+    """Returns a port that the steps of one job, and jobs of near numbers, do not share, the same on every rank."""
+    job, step = _number(environ, "SLURM_JOB_ID"), _number(environ, "SLURM_STEP_ID")
+    if job is None or step is None:
+        return None
+    return _FIRST_PORT + (job * _STEPS_PER_JOB + step % _STEPS_PER_JOB) % _PORTS

@@ -1,0 +1,260 @@
+"""`init_process_group`: joins the ranks that a launcher started, whichever launcher that was."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import socket
+from datetime import timedelta
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from ..launcher import MPI_LAUNCHERS, Launch, LaunchError, read_environment
+from .rendezvous import Card, abort_at_exit, call_the_roll, local_place, mpi_world, open_store
+
+if TYPE_CHECKING:
+    import torch
+
+_JOIN_TIMEOUT = timedelta(minutes=5)
+_LAUNCHERS = {
+    "torchrun": "torchrun",
+    "openmpi": "mpirun (Open MPI)",
+    "mvapich2": "mpirun (MVAPICH2)",
+    "hydra": "mpiexec (MPICH or Intel MPI)",
+    "slurm": "srun",
+    "environment": "RANK and WORLD_SIZE",
+}
+
+
+class World:
+    """The ranks that `init_process_group` has joined. Printed, it says who this one is; as a context, it closes itself.
+
+    An exception that leaves the context, or the script, ends all ranks: torchrun and srun see to it when this process
+    ends, and for mpirun this process aborts MPI when it ends.
+
+    Attributes:
+        rank, world_size: this process's number, from 0, and how many there are.
+        local_rank, local_world_size: the same among the processes of this node.
+        device: where this rank's tensors belong, a torch.device.
+        backend: that of torch.distributed.
+        launcher: torchrun, openmpi, mvapich2, hydra, slurm, environment, or None for a process that was started alone.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        local_rank: int,
+        local_world_size: int,
+        device: torch.device,
+        backend: str,
+        launcher: str | None,
+    ) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.local_rank, self.local_world_size = local_rank, local_world_size
+        self.device, self.backend, self.launcher = device, backend, launcher
+        self._group: Any = None
+        self._exported: list[str] = []
+
+    def __repr__(self) -> str:
+        names = ("rank", "world_size", "local_rank", "local_world_size", "device", "backend", "launcher")
+        return f"World({', '.join(f'{name}={str(getattr(self, name))!r}' for name in names)})"
+
+    def __str__(self) -> str:
+        if self.launcher is None:
+            return (
+                f"a world of one process, on {self.device}, for no launcher started it "
+                "(several: torchrun --nproc-per-node 4 SCRIPT, mpirun -n 4 python SCRIPT, srun python SCRIPT)"
+            )
+        return (
+            f"rank {self.rank} of {self.world_size}, {self.local_rank} of {self.local_world_size} on "
+            f"{socket.gethostname()}, {self.device}, {self.backend}, started by {_LAUNCHERS[self.launcher]}"
+        )
+
+    def close(self) -> None:
+        """Ends the process group and takes back the environment variables; a second call does nothing."""
+        import torch.distributed as dist
+
+        group, self._group = self._group, None
+        if group is not None and dist.group.WORLD is group:
+            dist.destroy_process_group()
+        while self._exported:
+            os.environ.pop(self._exported.pop(), None)
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and self.launcher in MPI_LAUNCHERS:
+            abort_at_exit(error)
+        self.close()
+
+
+def init_process_group(
+    backend: str | None = None, *, device: str | None = None, timeout: timedelta | None = None
+) -> World:
+    """Joins the ranks of this launch, and makes them torch.distributed's default group.
+
+    The same script runs under torchrun, mpirun, mpiexec, srun and a PyTorchJob, and alone, as a world of one. See
+    `syncbn.world.read_environment` for how the launcher is found. With several GPUs on a node local_rank chooses one,
+    counted among those that this process sees; it becomes torch.cuda's current device.
+
+    RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set, for libraries that read them,
+    where they are not; those that are given stay as they are.
+
+    Args:
+        backend: of torch.distributed. If None: "nccl" for ranks on GPUs; else "mpi4py", syncbn's own, where MPI
+            started the ranks and mpi4py is installed; else "gloo".
+        device: "cuda" or "cpu"; if None, "cuda" where torch sees a GPU.
+        timeout: within which all ranks must join, and then every message must end. If None, 5 minutes, and the
+            backend's own.
+
+    Collective:
+        every rank must call. Ranks that do not fit together, or that wait for others in vain, all raise.
+
+    Raises:
+        LaunchError: a contradictory environment, no address of rank 0, a port in use, ranks that do not join in time
+            (those that did are named), a backend that is not there, a world that exists already.
+    """
+    import torch
+    import torch.distributed as dist
+    from torch.distributed import HashStore  # type: ignore[attr-defined]
+
+    if dist.is_initialized():
+        raise LaunchError(
+            "expected torch.distributed not to be initialised yet; got a group of "
+            f"{dist.get_world_size()} ranks: call syncbn.init_process_group once, instead of torch's, or close its "
+            "World before"
+        )
+    if device not in (None, "cpu", "cuda"):
+        raise ValueError(f"expected device to be None, 'cpu' or 'cuda'; got {device!r}: the launcher says which GPU")
+    launch = read_environment()
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    backend = _checked(backend, kind) if backend else _choose(kind, launch)
+    if backend == "mpi4py" and launch is not None:
+        mpi_world(launch)
+    gpus = _gpu_names() if kind == "cuda" else []
+    if launch is None:
+        addr, port, store = None, None, HashStore()
+        world = World(0, 1, 0, 1, _device(kind, 0, gpus), backend, None)
+    else:
+        store, addr, port = open_store(launch, timeout or _JOIN_TIMEOUT)
+        card: Card = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "world_size": launch.world_size,
+            "backend": backend,
+            "device": kind,
+            "gpus": gpus,
+            "local_rank": launch.local_rank,
+        }
+        cards = call_the_roll(store, launch, card, timeout or _JOIN_TIMEOUT)
+        local_rank, local_world_size = local_place(cards, launch.rank)
+        local_world_size = launch.local_world_size or local_world_size
+        where = _device(kind, local_rank, gpus)
+        world = World(launch.rank, launch.world_size, local_rank, local_world_size, where, backend, launch.launcher)
+    _make_group(world, store, timeout)
+    if launch is not None:
+        _export(world, addr, port)
+    return world
+
+
+def _choose(kind: str, launch: Launch | None) -> str:
+    """Returns the backend for ranks on this kind of device. See init_process_group for the rule."""
+    import torch.distributed as dist
+
+    if kind == "cuda" and dist.is_nccl_available():
+        return "nccl"
+    return "mpi4py" if launch is not None and launch.is_mpi and not _missing_mpi_backend() else "gloo"
+
+
+def _checked(backend: str, kind: str) -> str:
+    """Returns the backend that was asked for, or says why it cannot be had."""
+    import torch.distributed as dist
+
+    if backend == "nccl" and kind != "cuda":
+        raise LaunchError("expected a GPU for backend='nccl'; got none: leave backend out, or ask for 'gloo'")
+    missing = _missing_mpi_backend() if backend == "mpi4py" else ""
+    if ":" not in backend and (missing or not dist.is_backend_available(backend)):
+        names = [name for name in dist.Backend.backend_list if dist.is_backend_available(name)]
+        raise LaunchError(
+            f"expected a backend that this process has, one of {', '.join(names)}; got {backend!r}"
+            f"{missing and f', which has {missing}'}: leave backend out, or import first what registers it"
+        )
+    return backend
+
+
+def _missing_mpi_backend() -> str:
+    """Registers torch.distributed's backend "mpi4py" and returns "", or what it lacks."""
+    import torch.distributed as dist
+
+    try:
+        importlib.import_module("..mpi", __package__)
+    except (ImportError, RuntimeError) as error:  # no mpi4py, or no MPI library
+        if not dist.is_backend_available("mpi4py"):
+            return f"{type(error).__name__}: {error}".split("\n")[0]
+    return "" if dist.is_backend_available("mpi4py") else "not been registered"
+
+
+def _gpu_names() -> list[str]:
+    """Returns what tells each GPU that this process sees from others: where torch knows no uuid, its number."""
+    import torch
+
+    properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    if not properties:
+        raise LaunchError("expected a GPU for device='cuda'; got none: see CUDA_VISIBLE_DEVICES, or ask for 'cpu'")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return [str(getattr(gpu, "uuid", f"GPU {index} of {visible}")) for index, gpu in enumerate(properties)]
+
+
+def _device(kind: str, local_rank: int, gpus: list[str]) -> torch.device:
+    """Returns this rank's device. A launcher may show each process its own GPU alone, which then is number 0."""
+    import torch
+
+    return torch.device(kind, local_rank % len(gpus)) if kind == "cuda" else torch.device(kind)
+
+
+def _make_group(world: World, store: Any, timeout: timedelta | None) -> None:
+    import torch
+    import torch.distributed as dist
+
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    try:
+        dist.init_process_group(
+            world.backend,
+            store=store,
+            rank=world.rank,
+            world_size=world.world_size,
+            timeout=timeout,
+            device_id=world.device if world.backend == "nccl" else None,
+        )
+    except RuntimeError as error:
+        if world.world_size == 1:
+            raise
+        raise LaunchError(
+            f"[rank {world.rank}/{world.world_size}] expected a {world.backend} group, for all ranks have joined; got "
+            f"{str(error).splitlines()[0]}: see whether another rank says why; if none does, and "
+            f"{socket.gethostname()} has several network interfaces, or its name leads to itself alone, set "
+            "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to the interface of the others' network"
+        ) from error
+    world._group = dist.group.WORLD
+
+
+def _export(world: World, addr: str | None, port: int | None) -> None:
+    """Sets torchrun's variables where they are not set; World.close takes them back."""
+    values = {
+        "RANK": world.rank,
+        "WORLD_SIZE": world.world_size,
+        "LOCAL_RANK": world.local_rank,
+        "LOCAL_WORLD_SIZE": world.local_world_size,
+        "MASTER_ADDR": addr,
+        "MASTER_PORT": port,
+    }
+    for name, value in values.items():
+        if value is not None and not os.environ.get(name):
+            os.environ[name] = str(value)
+            world._exported.append(name)
