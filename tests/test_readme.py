@@ -1,27 +1,38 @@
 """The README's examples run as they stand."""
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-from test_mpi import mpirun, needs_mpi
+import pytest
+from mpirun import mpirun, needs_mpi, run
 
 README = Path(__file__).parent.parent / "README.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
-def test_the_training_example_runs_under_torchrun(tmp_path):
+def torchrun(script, tmp_path):
+    command = ("-m", "torch.distributed.run", "--nproc-per-node", "2", script)
+    return run(sys.executable, *command, TMPDIR=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("command", "start"),
+    [
+        ("torchrun --nproc-per-node 2 train.py", torchrun),
+        pytest.param("mpirun -n 2 python train.py", lambda script, _: mpirun(2, script), marks=needs_mpi),
+    ],
+    ids=["torchrun", "mpirun"],
+)
+def test_the_training_example_runs_unchanged_under(command, start, tmp_path):
     script = tmp_path / "train.py"
     script.write_text(EXAMPLES[0])
-    assert "torchrun --nproc-per-node 2 train.py" in README.read_text().replace("\n", " ")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
-    assert result.returncode == 0, result.stderr
-    assert sorted(re.findall(r"rank \d of \d", result.stdout)) == ["rank 0 of 2", "rank 1 of 2"]  # lines may mix
-    assert result.stdout.count("SyncBatchNorm(8, eps=1e-05") == 2
+    assert command in README.read_text().replace("\n", " ")
+    code, output = start(script, tmp_path)
+    assert code == 0, output
+    assert sorted(re.findall(r"rank \d of \d", output)) == ["rank 0 of 2", "rank 1 of 2"]  # lines may mix
+    assert output.count("SyncBatchNorm(8, eps=1e-05") == 2
 
 
 def test_the_numpy_example_runs_without_torch(tmp_path):
@@ -35,7 +46,7 @@ def test_the_numpy_example_runs_without_torch(tmp_path):
 def test_the_mpi_example_runs_under_mpirun(tmp_path):
     (tmp_path / "norm.py").write_text(EXAMPLES[2])
     assert "mpirun -n 2 python -m mpi4py norm.py" in README.read_text().replace("\n", " ")
-    code, output = mpirun(2, "norm.py", cwd=tmp_path)
+    code, output = mpirun(2, "-m", "mpi4py", "norm.py", cwd=tmp_path)
     assert code == 0, output
     means = re.findall(r"rank (\d) of 2: (\[.*\])", output)
     assert sorted(rank for rank, _ in means) == ["0", "1"]
