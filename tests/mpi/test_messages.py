@@ -1,5 +1,6 @@
 """syncbn's communicator over MPI: what it sums, and what it refuses. Run by mpirun, on any number of ranks from 2."""
 
+import re
 import threading
 
 import numpy as np
@@ -139,7 +140,9 @@ class _Failing:
 
 @pytest.mark.parametrize("buffer", [torch.ones(9, dtype=torch.float64), np.ones(9)], ids=["tensor", "array"])
 def test_an_error_of_mpi_names_the_operation(buffer):
-    with pytest.raises(RuntimeError, match=r"\[rank 1/3\] expected MPI_Allreduce of 9 float64 to succeed; got .*TRUNC"):
+    with pytest.raises(
+        RuntimeError, match=r"\[rank 1/3\] expected MPI_Allreduce of 9 float64 to succeed; got .*(?i:trunc)"
+    ):
         MPICommunicator(_Failing()).all_reduce(buffer)
 
 
@@ -156,7 +159,7 @@ def _freed(rank, world):
 def test_a_layer_whose_communicator_was_freed_raises():
     for error in rank_errors(_freed, SIZE, "mpi"):
         assert isinstance(error, RuntimeError)
-        assert "expected MPI_Allreduce of 5 float64 to succeed; got MPI_ERR_COMM" in str(error)
+        assert re.search(r"expected MPI_Allreduce of 5 float64 to succeed; got .*(ERR_COMM|communicator)", str(error))
 
 
 def test_a_world_of_one_sends_nothing():
