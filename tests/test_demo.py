@@ -160,7 +160,7 @@ def test_ranks_of_torchrun_are_used_and_uneven_parts_and_own_images_work(tmp_pat
     assert_synchronised_alone_equals_one_process(report)
 
 
-def test_a_number_of_ranks_that_is_not_the_launchers_is_one_clear_error(monkeypatch, capsys):
+def test_a_number_of_ranks_that_is_not_the_launchers_is_one_clear_error(monkeypatch, capfd):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -169,7 +169,7 @@ def test_a_number_of_ranks_that_is_not_the_launchers_is_one_clear_error(monkeypa
         monkeypatch.setenv(name, value)
     assert main(["demo", "--ranks", "3"]) == 1
     message = "expected --ranks to be that of the launcher, 1; got 3: leave it out"
-    assert capsys.readouterr().err.endswith(f"syncbn demo: error: {message}\n")
+    assert capfd.readouterr().err.endswith(f"syncbn demo: error: {message}\n")
 
 
 def test_interrupt_ends_every_rank(tmp_path):
