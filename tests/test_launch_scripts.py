@@ -14,6 +14,7 @@ FOLDER = Path(__file__).parent.parent / "launch"
 SCRIPTS = sorted([*FOLDER.glob("*.sh"), *FOLDER.glob("*.sbatch")])
 MANIFESTS = sorted((FOLDER / "kubernetes").glob("*.yaml"))
 BASH = shutil.which("bash")
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
 pytestmark = pytest.mark.skipif(BASH is None, reason="no bash on this machine")
 
 
@@ -56,10 +57,10 @@ def test_scripts_are_valid_and_pass_all_arguments_on(path):
     assert path.read_text().count('"$@"') >= 1
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck on this machine")
+@pytest.mark.skipif(SHELLCHECK is None, reason="no shellcheck on this machine")
 def test_shellcheck_has_nothing_to_say():
-    result = subprocess.run(["shellcheck", "--shell=bash", *SCRIPTS], capture_output=True, text=True)
-    assert result.stdout == ""
+    result = subprocess.run([SHELLCHECK, "--shell=bash", *SCRIPTS], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "")
 
 
 def settings_of(path):
