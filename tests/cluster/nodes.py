@@ -23,7 +23,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -195,13 +194,16 @@ class Nodes:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program, and returns mpirun's exit code."""
-    parser = argparse.ArgumentParser(description="Runs Python as two ranks of mpirun, one on each of two nodes.")
-    parser.add_argument("--delay-milliseconds", type=float, default=0.0, help="of the link, one way")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of Python")
-    parsed = parser.parse_args(arguments)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--delay-milliseconds D] SCRIPT | -m MODULE ...",
+        description="Runs Python as two ranks of mpirun, one on each of two nodes.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--delay-milliseconds", type=float, default=0.0, metavar="D", help="of the link, one way")
+    parsed, words = parser.parse_known_args(arguments)
     with Nodes(parsed.delay_milliseconds / 1e3) as nodes:
-        words: list[Any] = nodes[0].command(LAUNCH / "mpirun_openmpi.sh", *parsed.arguments)
-        return subprocess.run(words, env=environment(**nodes.mpi_environment()), stdin=subprocess.DEVNULL).returncode
+        command = nodes[0].command(LAUNCH / "mpirun_openmpi.sh", *words)
+        return subprocess.run(command, env=environment(**nodes.mpi_environment()), stdin=subprocess.DEVNULL).returncode
 
 
 if __name__ == "__main__":

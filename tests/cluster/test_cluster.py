@@ -3,19 +3,21 @@
 import re
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from mpirun import MPIRUN, mpirun, needs_mpi, run
+from mpirun import MPIRUN, environment, mpirun, needs_mpi, run
 from nodes import LAUNCH, OURS, Nodes, absence
 from slurm import MISSING, slurm, submit
 
 TIMEOUT_SECONDS = 250  # of a command, on a machine with other things to do; most take seconds
+ABSENCE = absence()
 pytestmark = [
     pytest.mark.cluster,
-    pytest.mark.skipif(bool(absence()), reason=absence()),
+    pytest.mark.skipif(bool(ABSENCE), reason=ABSENCE),
     pytest.mark.timeout(2 * TIMEOUT_SECONDS),
 ]
 TRAIN = Path(__file__).with_name("train.py")
@@ -170,6 +172,62 @@ def test_a_batch_file_is_no_task_though_it_has_a_tasks_number(nodes, slurm_envir
     assert "number 0\nNone\n" in said, said
 
 
+KILLED = """
+import subprocess, sys, time
+sys.path.insert(0, sys.argv[1])
+from nodes import Nodes
+with Nodes() as nodes:
+    started = subprocess.Popen(nodes[1].command("sleep", "1000"), start_new_session=True)
+    print(*[node.pid for node in nodes], started.pid, flush=True)
+    time.sleep(1000)
+"""
+
+
+def test_nothing_runs_on_in_nodes_whose_process_was_killed():
+    words = [sys.executable, "-c", KILLED, TRAIN.parent]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment()) as process:
+        pids = process.stdout.readline().split()
+        assert len(pids) == 3
+        assert all(Path("/proc", pid).exists() for pid in pids)
+        process.kill()
+    deadline = time.monotonic() + 60
+    while any(Path("/proc", pid).exists() for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_link_with_a_delay_delays(tmp_path):
+    for delay_seconds, least in ((0.0, 0.0), (0.1, 0.2)):
+        with Nodes(delay_seconds) as nodes:
+            ready = tmp_path / f"ready{delay_seconds}"
+            with ThreadPoolExecutor(1) as pool:
+                words = nodes[0].command(sys.executable, "-c", ANSWER, ready)
+                answering = pool.submit(run, *words, timeout=60)
+                code, said = run(*nodes[1].command(sys.executable, "-c", ASK, ready), timeout=60)
+                assert code == 0, said
+                assert answering.result()[0] == 0
+            assert float(said) > least
+            if not least:
+                assert float(said) < 0.2, "the negative control"
+
+
+ANSWER = """
+import pathlib, socket, sys
+with socket.create_server(("node0", 5000)) as server:
+    pathlib.Path(sys.argv[1]).touch()
+    connection, _ = server.accept()
+    connection.sendall(connection.recv(1))
+"""
+ASK = """
+import pathlib, socket, sys, time
+while not pathlib.Path(sys.argv[1]).exists():
+    time.sleep(0.01)
+with socket.create_connection(("node0", 5000)) as connection:
+    start = time.monotonic()
+    connection.sendall(b"?")
+    connection.recv(1)
+    print(time.monotonic() - start)
+"""
 DEMO = ["-m", "syncbn", "demo", "--max-steps", "3", "--compare-steps", "3"]
 
 
