@@ -42,7 +42,7 @@ TRANSPORTS = ("mpi4py", "gloo")
 # layer that is not synchronised is off by 1e-1.
 RELATIVE = 1e-8
 CHECKED_IMAGES = 2
-ROUND_TRIPS = 50
+ROUND_TRIPS = 200
 
 
 def _naive(net: nn.Module, group: Any) -> nn.Module:
@@ -180,8 +180,8 @@ def _round_trip_microseconds(world: World) -> float:
     """Returns how long an empty message of MPI's takes from rank 0 to the last and back: on rank 0, the median."""
     comm, last, nothing = world.process_group, world.size - 1, bytearray()
     samples = []
+    world.barrier()
     for _ in range(ROUND_TRIPS):
-        world.barrier()
         start = time.perf_counter_ns()
         if world.rank == 0:
             comm.Send(nothing, last)
