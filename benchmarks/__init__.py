@@ -1,1 +1,1 @@
-"""Benchmarks of syncbn: kernels, layers and memory, each result checked before it is timed. See README.md."""
+"""Benchmarks of syncbn, from kernels to training steps, each result checked before it is timed. See README.md."""

@@ -24,18 +24,19 @@ FUSED = "syncbn.SyncBatchNormAct"
 
 
 class AllReduce(torch.autograd.Function):
-    """Sums over ranks, as does its derivative."""
+    """Sums over the ranks of a group of torch.distributed's, as does its derivative."""
 
     @staticmethod
-    def forward(ctx: Any, v: Tensor) -> Tensor:  # noqa: ARG004
+    def forward(ctx: Any, v: Tensor, group: Any) -> Tensor:
+        ctx.group = group
         v = v.clone()
         if dist.is_initialized():
-            dist.all_reduce(v)
+            dist.all_reduce(v, group=group)
         return v
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Tensor:  # noqa: ARG004
-        return AllReduce.forward(None, grad_output)
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        return AllReduce.forward(ctx, grad_output, ctx.group), None
 
 
 class NaiveSyncBatchNorm(nn.BatchNorm2d):
@@ -45,13 +46,15 @@ class NaiveSyncBatchNorm(nn.BatchNorm2d):
     running_var: Any
     num_batches_tracked: Any
     momentum: Any
+    process_group: Any = None
 
     def forward(self, input: Tensor) -> Tensor:
         axes = [axis for axis in range(input.dim()) if axis != 1]
         shape = [1, -1, *[1] * len(axes[1:])]
         x = input.to(self.weight.dtype)
         count = x.new_tensor([x.numel() / self.num_features])
-        moments = AllReduce.apply(torch.cat([x.sum(axes), (x * x).sum(axes), count]))  # type: ignore[no-untyped-call]
+        sums = torch.cat([x.sum(axes), (x * x).sum(axes), count])
+        moments = AllReduce.apply(sums, self.process_group)  # type: ignore[no-untyped-call]
         mean, mean_square = (moments[:-1] / moments[-1]).chunk(2)
         var = mean_square - mean * mean
         with torch.no_grad():

@@ -51,7 +51,7 @@ def fingerprint(program: str, ranks: int, transport: str | None) -> dict[str, An
     """Returns the keys that README.md defines for a fingerprint line.
 
     Args:
-        program: kernels, layer, memory or messages.
+        program: kernels, layer, memory, messages or step.
         ranks: the number of processes; 0 for one without a process group.
         transport: what their messages go over.
     """

@@ -1,5 +1,8 @@
 """Gradients by finite differences over two ranks, and SGD under DistributedDataParallel against one process."""
 
+import inspect
+from pathlib import Path
+
 import pytest
 import torch
 from ranks import rank_errors, run_ranks
@@ -202,3 +205,28 @@ def test_scale_loss_in_one_process_is_the_identity():
     loss = torch.tensor(3.0, requires_grad=True)
     assert syncbn.scale_loss(loss, 5).item() == 3.0
     assert syncbn.scale_loss(loss, torch.tensor(5)).item() == 3.0
+
+
+def _sub_groups(rank, group, keep):
+    """Two steps of a layer whose groups are ranks 0 and 1, and rank 2 alone; returns each step's running mean."""
+    groups = [torch.distributed.new_group(ranks) for ranks in ([0, 1], [2])]
+    layer = syncbn.SyncBatchNorm(1, momentum=0.5, dtype=torch.float64, process_group=groups[rank // 2])
+    options = {}
+    if keep:  # torch 2.13 gives it another name, and warns of this one
+        newer = "forward_sync_buffers" in inspect.signature(nn.parallel.DistributedDataParallel).parameters
+        options = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
+    net = nn.parallel.DistributedDataParallel(layer, **options)
+    means = []
+    for step in (1.0, 2.0):
+        net(torch.tensor([[step * 10**rank], [step * 10**rank + 1]], dtype=torch.float64)).sum().backward()
+        means.append(layer.running_mean.item())
+    return means
+
+
+def test_trap_29_ddp_broadcasts_rank_0s_statistics_over_those_of_other_groups():
+    # The groups' means are 6 and 11.5, then 100.5 and 200.5.
+    own = [[3.0, 0.5 * 3.0 + 0.5 * 11.5]] * 2 + [[50.25, 0.5 * 50.25 + 0.5 * 200.5]]
+    assert run_ranks(_sub_groups, 3, "gloo", True) == own
+    broadcast = [*own[:2], [50.25, 0.5 * 3.0 + 0.5 * 200.5]]  # its second step goes on from rank 0's 3.0
+    assert run_ranks(_sub_groups, 3, "gloo", False) == broadcast
+    assert "`broadcast_buffers=False`" in (Path(__file__).parent.parent / "README.md").read_text()

@@ -83,3 +83,32 @@ def test_messages_are_timed_by_every_way_that_is_here(tmp_path, monkeypatch):
     with pytest.raises(harness.WrongResultError, match="careless: expected"):
         messages.main(["--channels", "4", *MINIMAL])
     torch.distributed.destroy_process_group()
+
+
+@on_two_ranks
+def test_steps_are_timed_over_both_backends(tmp_path, monkeypatch):
+    from test_benchmarks import MINIMAL, harness, records_of
+
+    import syncbn
+    from benchmarks import ranks, step
+
+    small = ["--model", "small", "--batch", "1", "--image", "32"]
+    file = tmp_path / "step.jsonl"
+    step.main([*small, "--output", str(file), *MINIMAL])
+    if WORLD.Get_rank() == 0:
+        fingerprint, rows = records_of(file)
+        assert fingerprint["program"] == "step"
+        ways = {(row["messages_over"], row["implementation"]) for row in rows}
+        assert ways == {(transport, name) for transport in step.TRANSPORTS for name in step.CONVERSIONS}
+        for row in rows:
+            assert row["norm_layers"] == 12
+            assert row["p50_microseconds"] > 0
+            assert row["round_trip_microseconds"] > 0
+            assert row["implementation"] != "nn.BatchNorm" or row["speedup"] == 1
+    assert not torch.distributed.is_initialized()
+    monkeypatch.setitem(step.CONVERSIONS, "syncbn.SyncBatchNorm", lambda net, _: net)
+    with (
+        syncbn.init_process_group("gloo", device="cpu"),
+        pytest.raises(harness.WrongResultError, match="careless: gradients: expected"),
+    ):
+        step._check("careless", "small", "syncbn.SyncBatchNorm", None, ranks.World(WORLD), 32)
