@@ -53,7 +53,7 @@ def assert_is_in(environment, python):
 def test_the_sdist_is_complete(built):
     with tarfile.open(built[0]) as archive:
         names = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
-    assert source_files("syncbn", "tests", "launch", "benchmarks", ".ci") <= names
+    assert source_files("syncbn", "tests", "launch", "benchmarks", "docker", ".ci") <= names
     assert names >= {"pyproject.toml", "README.md", "LICENSE", "PKG-INFO"}
 
 
