@@ -183,9 +183,9 @@ with Nodes() as nodes:
 """
 
 
-def test_nothing_runs_on_in_nodes_whose_process_was_killed():
+def test_nothing_runs_on_in_nodes_whose_process_was_killed(tmp_path):
     words = [sys.executable, "-c", KILLED, TRAIN.parent]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment()) as process:
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment(TMPDIR=str(tmp_path))) as process:
         pids = process.stdout.readline().split()
         assert len(pids) == 3
         assert all(Path("/proc", pid).exists() for pid in pids)

@@ -92,7 +92,7 @@ def test_steps_are_timed_over_both_backends(tmp_path, monkeypatch):
     import syncbn
     from benchmarks import ranks, step
 
-    small = ["--model", "small", "--batch", "1", "--image", "32"]
+    small = ["--model", "small", "--batch", "2", "--image", "32"]
     file = tmp_path / "step.jsonl"
     step.main([*small, "--output", str(file), *MINIMAL])
     if WORLD.Get_rank() == 0:
