@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import collections
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,12 +21,15 @@ import torch
 import torch.distributed as dist
 from mpi4py import MPI
 
-# Between two tests of a request. The first are free, and so a small message costs no sleep; then from a twentieth of
-# a millisecond to one. A megabyte takes some four tests, so shorter pauses bring little, and longer ones add up.
-_FREE_TESTS, _SHORTEST_SECONDS, _LONGEST_SECONDS = 50, 5e-5, 1e-3
+# How a request is waited for: first tests alone, for a small message takes less than falling asleep and waking up; then
+# pauses of an eighth of what has been waited, from a twentieth of a millisecond to one, with several tests after each: a
+# collective over a network takes several steps, of which a test makes one.
+_FREE_SECONDS, _SHORTEST_SECONDS, _LONGEST_SECONDS = 2e-4, 5e-5, 1e-3
+_TESTS = 4
 # How many Works are kept for a caller in C++ who has not yet waited for them. torch 2.6 keeps the C++ half of a Work
 # only, which needs the methods of the Python half.
 _UNCLAIMED = 256
+_give_way = getattr(os, "sched_yield", lambda: None)  # not on Windows
 
 
 class MPIWork(dist.Work):
@@ -140,15 +144,16 @@ class MPIWork(dist.Work):
         own = timeout.total_seconds()
         deadline = time.monotonic() + own if own > 0 else self._deadline
         self._deadline = max(self._deadline, deadline)
-        pause, tests = _SHORTEST_SECONDS, 0
+        start, tests = time.monotonic(), 0
         while not self.advance():
+            waited = time.monotonic() - start
             tests += 1
-            if tests < _FREE_TESTS:
-                continue
-            if time.monotonic() > deadline:
-                self.fail(_timed_out(own if own > 0 else self._seconds))
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_SECONDS)
+            if waited < _FREE_SECONDS:
+                _give_way()  # to a rank on the same core that is late
+            elif tests % _TESTS == 0:
+                if start + waited > deadline:
+                    self.fail(_timed_out(own if own > 0 else self._seconds))
+                time.sleep(min(max(waited / 8, _SHORTEST_SECONDS), _LONGEST_SECONDS))
         _progress.unclaimed.pop(id(self), None)
         if self._error is not None:
             raise self._error
