@@ -22,8 +22,8 @@ import torch.distributed as dist
 from mpi4py import MPI
 
 # How a request is waited for: first tests alone, for a small message takes less than falling asleep and waking up; then
-# pauses of an eighth of what has been waited, from a twentieth of a millisecond to one, with several tests after each: a
-# collective over a network takes several steps, of which a test makes one.
+# pauses of an eighth of the time so far, from a twentieth of a millisecond to one, with several tests after each: on a
+# network a collective takes several steps, of which a test makes one.
 _FREE_SECONDS, _SHORTEST_SECONDS, _LONGEST_SECONDS = 2e-4, 5e-5, 1e-3
 _TESTS = 4
 # How many Works are kept for a caller in C++ who has not yet waited for them. torch 2.6 keeps the C++ half of a Work
