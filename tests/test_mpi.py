@@ -14,8 +14,9 @@ PYTEST = ("-m", "mpi4py", "-m", "pytest", "--with-mpi", "-x", "-q", "--color=no"
 @needs_mpi
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_layers_over_mpi(ranks):
-    code, output = mpirun(ranks, *PYTEST, "--timeout", "100", TESTS / "mpi", timeout=250)
+def test_layers_over_mpi(ranks, tmp_path):
+    options = ("--timeout", "100", "--basetemp", tmp_path / "rank")
+    code, output = mpirun(ranks, *PYTEST, *options, TESTS / "mpi", timeout=250)
     passed = [int(number) for number in re.findall(r"(\d+) passed", output)]
     assert code == 0, output
     assert len(passed) == ranks, output
