@@ -89,6 +89,33 @@ def test_a_group_of_ones_own_is_left_alone_by_close(tmp_path):
     dist.destroy_process_group()
 
 
+LAST_WORK = """
+import atexit, os, sys, threading, time, syncbn
+
+def work():
+    gate.acquire()
+    for _ in range(100):
+        os.write(1, b".")
+
+gate = threading.Lock()
+gate.acquire()
+syncbn.init_process_group(device="cpu").close()
+if "abrupt" in sys.argv:
+    atexit.unregister(time.sleep)
+threading.Thread(target=work, daemon=True).start()
+sys.setswitchinterval(5)
+gate.release()
+"""
+
+
+def test_a_thread_that_wants_the_gil_gets_it_before_python_ends():
+    # As Gloo's do that have carried the last message of a backward pass; else they end the process by a signal.
+    ends = [subprocess.run([sys.executable, "-c", LAST_WORK, how], capture_output=True) for how in ("", "abrupt")]
+    assert [end.returncode for end in ends] == [0, 0], ends
+    assert len(ends[0].stdout) == 100
+    assert len(ends[1].stdout) < 100, "the negative control"
+
+
 def launch_of(rank, world_size, port, **changes):
     values = {"launcher": "environment", "local_rank": None, "local_world_size": None, "master_addr": "127.0.0.1"}
     values |= {"job": "", "source": "RANK and WORLD_SIZE", "master_port": port} | changes

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import importlib
 import importlib.util
 import os
 import socket
+import time
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -242,6 +245,19 @@ def _make_group(world: World, store: Any, timeout: timedelta | None) -> None:
             "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to the interface of the others' network"
         ) from error
     world._group = dist.group.WORLD
+    _let_threads_end_at_exit()
+
+
+@functools.cache  # once
+def _let_threads_end_at_exit() -> None:
+    """Leaves the GIL alone for a moment before Python ends.
+
+    Gloo's threads outlive the group where a model still refers to it. One that has just carried the last message of a
+    backward pass needs the GIL to drop that pass's context; where Python has begun to end instead, the process dies of
+    "terminate called without an active exception" (pytorch issue 190489), and torchrun's other agents wait for
+    minutes. Such a thread has microseconds of work left, but a main thread that only exits never lets it begin.
+    """
+    atexit.register(time.sleep, 0.05)
 
 
 def _export(world: World, addr: str | None, port: int | None) -> None:
