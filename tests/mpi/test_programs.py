@@ -40,7 +40,8 @@ def test_layers_are_timed_over_mpi(tmp_path):
     layer.main([*selected, "--comm", "mpi", "--output", str(file), *MINIMAL])
     if WORLD.Get_rank() == 0:
         fingerprint, rows = records_of(file)
-        assert (fingerprint["ranks"], fingerprint["transport"][:8]) == (2, MPI.get_vendor()[0][:8])
+        assert fingerprint["ranks"] == 2
+        assert fingerprint["transport"].startswith(MPI.get_vendor()[0])
         skipped = {row["implementation"]: row["skipped"] for row in rows}
         reason = "it sends over torch.distributed alone"
         assert skipped.pop("nn.SyncBatchNorm") == skipped.pop("naive SyncBatchNorm") == reason
