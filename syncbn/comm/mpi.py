@@ -128,11 +128,13 @@ def check_world(launch: Launch | None) -> None:
     """
     rank, size = MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size()
     if launch is not None and (launch.rank, launch.world_size) != (rank, size):
+        how = "start with the mpirun that was installed with that library (under Slurm, with srun's fitting --mpi)"
+        if launch.launcher == "torchrun":
+            how = "torchrun starts no MPI: start with that library's mpirun, or leave MPI out"
         raise LaunchError(
             f"[rank {launch.rank}/{launch.world_size}] expected MPI.COMM_WORLD to have the rank and size that the "
             f"launcher set in {launch.source}; got rank {rank} of {size}: the launcher and {library()}, which mpi4py "
-            "has loaded, do not belong together; start with the mpirun that was installed with that library (under "
-            "Slurm, with srun's fitting --mpi option)"
+            f"has loaded, do not belong together; {how}"
         )
 
 

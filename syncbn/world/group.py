@@ -62,7 +62,7 @@ class World:
 
     def __repr__(self) -> str:
         names = ("rank", "world_size", "local_rank", "local_world_size", "device", "backend", "launcher")
-        return f"World({', '.join(f'{name}={str(getattr(self, name))!r}' for name in names)})"
+        return f"World({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
     def __str__(self) -> str:
         if self.launcher is None:
@@ -112,8 +112,8 @@ def init_process_group(
         backend: of torch.distributed. If None: "nccl" for ranks on GPUs; else "mpi4py", syncbn's own, where MPI
             started the ranks and mpi4py is installed; else "gloo".
         device: "cuda" or "cpu"; if None, "cuda" where torch sees a GPU.
-        timeout: within which all ranks must join, and then every message must end. If None, 5 minutes, and the
-            backend's own.
+        timeout: a datetime.timedelta, within which all ranks must join, and then every message must end. If None,
+            5 minutes, and the backend's own.
 
     Collective:
         every rank must call. Ranks that do not fit together, or that wait for others in vain, all raise.
@@ -121,6 +121,7 @@ def init_process_group(
     Raises:
         LaunchError: a contradictory environment, no address of rank 0, a port in use, ranks that do not join in time
             (those that did are named), a backend that is not there, a world that exists already.
+        TypeError, ValueError: another timeout or device.
     """
     import torch
     import torch.distributed as dist
@@ -134,6 +135,8 @@ def init_process_group(
         )
     if device not in (None, "cpu", "cuda"):
         raise ValueError(f"expected device to be None, 'cpu' or 'cuda'; got {device!r}: the launcher says which GPU")
+    if not isinstance(timeout, timedelta | None):
+        raise TypeError(f"expected timeout to be None or a datetime.timedelta; got {timeout!r}: timedelta(seconds=...)")
     launch = read_environment()
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     backend = _checked(backend, kind) if backend else _choose(kind, launch)
