@@ -185,7 +185,8 @@ def _place(environ: Mapping[str, str], variables: _Variables) -> tuple[int, int]
         )
     if rank >= world_size:
         raise LaunchError(
-            f"expected {variables.rank} below {variables.world_size}; got {rank} of {world_size}: ranks count from 0"
+            f"expected {variables.rank} below {variables.world_size}; got {rank} of {world_size}: ranks count from 0, "
+            "and a world has 1 at least"
         )
     return rank, world_size
 

@@ -60,7 +60,8 @@ def communicator_of(group: Any) -> Communicator | None:
         # A group of comm.mpi_backend's has one that calls MPI with nothing in between.
         return getattr(group, "communicator", None) or TorchCommunicator(group)
     # What torch.distributed.new_group returns to a process outside the group differs between versions of torch.
-    if group == dist.GroupMember.NON_GROUP_MEMBER:
+    outside = dist.GroupMember.NON_GROUP_MEMBER
+    if type(group) is type(outside) and group == outside:
         raise ValueError(
             "expected a process group that this process is in; got a group or mesh of other processes: give every rank "
             "the group that it belongs to"

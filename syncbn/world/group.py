@@ -137,6 +137,10 @@ def init_process_group(
         raise ValueError(f"expected device to be None, 'cpu' or 'cuda'; got {device!r}: the launcher says which GPU")
     if not isinstance(timeout, timedelta | None):
         raise TypeError(f"expected timeout to be None or a datetime.timedelta; got {timeout!r}: timedelta(seconds=...)")
+    if timeout is not None and timeout <= timedelta(0):
+        raise ValueError(f"expected timeout to be above 0; got {timeout.total_seconds():g} s: None for the default")
+    if not isinstance(backend, str | None):
+        raise TypeError(f"expected backend to be None or a name, as 'gloo'; got {backend!r}: leave it out")
     launch = read_environment()
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     backend = _checked(backend, kind) if backend else _choose(kind, launch)
@@ -178,14 +182,16 @@ def _choose(kind: str, launch: Launch | None) -> str:
 
 
 def _checked(backend: str, kind: str) -> str:
-    """Returns the backend that was asked for, or says why it cannot be had."""
+    """Returns the backend that was asked for, in lower case as torch has it, or says why it cannot be had."""
     import torch.distributed as dist
 
+    backend = backend.lower()
     if backend == "nccl" and kind != "cuda":
         raise LaunchError("expected a GPU for backend='nccl'; got none: leave backend out, or ask for 'gloo'")
-    missing = _missing_mpi_backend() if backend == "mpi4py" else ""
+    missing = _missing_mpi_backend() if "mpi4py" in backend else ""
     if ":" not in backend and (missing or not dist.is_backend_available(backend)):
-        names = [name for name in dist.Backend.backend_list if dist.is_backend_available(name)]
+        of_no_use = ("undefined", "fake")  # torch's own, for its tests
+        names = [n for n in dist.Backend.backend_list if n not in of_no_use and dist.is_backend_available(n)]
         raise LaunchError(
             f"expected a backend that this process has, one of {', '.join(names)}; got {backend!r}"
             f"{missing and f', which has {missing}'}: leave backend out, or import first what registers it"
