@@ -235,7 +235,7 @@ def test_info_names_the_variables_of_other_launchers(capsys, monkeypatch):
 def test_an_environment_that_cannot_be_is_one_line_of_check_and_demo_and_shown_by_info(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    message = "expected RANK below WORLD_SIZE; got 3 of 3: ranks count from 0"
+    message = "expected RANK below WORLD_SIZE; got 3 of 3: ranks count from 0, and a world has 1 at least"
     for command in ("check", "demo"):
         assert main([command]) == 1
         assert capsys.readouterr().err == f"syncbn {command}: error: {message}\n"
