@@ -121,7 +121,7 @@ def init_process_group(
     Raises:
         LaunchError: a contradictory environment, no address of rank 0, a port in use, ranks that do not join in time
             (those that did are named), a backend that is not there, a world that exists already.
-        TypeError, ValueError: another timeout or device.
+        TypeError, ValueError: another backend, timeout or device than those above.
     """
     import torch
     import torch.distributed as dist
