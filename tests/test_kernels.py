@@ -12,6 +12,7 @@ from steps import rounded
 from syncbn.kernels import Tail, aten, cpu, reference, select
 
 SHAPES = [(5, 3, 7), (1, 1, 1), (4, 1, 9), (9, 6, 1), (1, 300, 2), (0, 4, 3), (3, 4, 0), (2, 2, 49)]
+SHAPES += [(9, 2, 601), (5, 48, 1)]  # of which results may go past the caches
 NAMES = ["stats", "combine", "elemt", "backward_reduce", "backward_elemt"]
 # Element-wise results in float32 from six operations; sums in float64 of at most 500 terms of order 1.
 ELEMENT = {"rtol": 8 * 2.0**-24, "atol": 8 * 2.0**-24}
@@ -44,6 +45,7 @@ class Implementation(NamedTuple):
     kernels: ModuleType
     library: str
     tile: int = 1 << 17
+    cache_bytes: int | None = None
 
     def __getattr__(self, name):
         return getattr(self.kernels, name)
@@ -52,6 +54,14 @@ class Implementation(NamedTuple):
         """Copies of ndarrays, of the library; other things as they are."""
         copies = [a.copy() if isinstance(a, np.ndarray) else a for a in arrays]
         return [torch.from_numpy(a) if self.library == "torch" and isinstance(a, np.ndarray) else a for a in copies]
+
+    def set_up(self, monkeypatch, request):
+        """Makes this the way in which the kernels work, until the test's end."""
+        monkeypatch.setattr(aten, "_TILE_CPU", self.tile)
+        if self.cache_bytes is not None:
+            before = cpu._library.syncbn_set_cache_bytes(self.cache_bytes)
+            request.addfinalizer(lambda: cpu._library.syncbn_set_cache_bytes(before))
+        return self
 
     def dtype(self, name):
         return getattr(torch, name) if self.library == "torch" else np.dtype(name)
@@ -62,14 +72,14 @@ IMPLEMENTATIONS = {
     "aten": Implementation(aten, "torch"),
     "aten-many_tiles": Implementation(aten, "torch", tile=5),
     "cpu-torch": Implementation(cpu, "torch"),
+    "cpu-past_the_caches": Implementation(cpu, "torch", cache_bytes=0),
     "cpu-numpy": Implementation(cpu, "numpy"),
 }
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request, monkeypatch):
-    monkeypatch.setattr(aten, "_TILE_CPU", IMPLEMENTATIONS[request.param].tile)
-    return IMPLEMENTATIONS[request.param]
+    return IMPLEMENTATIONS[request.param].set_up(monkeypatch, request)
 
 
 def test_the_compiled_kernels_are_there():
@@ -257,8 +267,11 @@ def test_results_have_the_inputs_dtype_and_one_rounding(implementation, arrays, 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
-@pytest.mark.parametrize("shape", [(3, 5, 67), (67, 37, 1), (2, 3, 70000), (4, 1, 300), (20011, 6, 1)], ids=str)
-def test_cpu_and_aten_give_the_same_bits(shape, dtype):
+@pytest.mark.parametrize(
+    "shape", [(3, 5, 67), (67, 37, 1), (2, 3, 70000), (4, 1, 300), (20011, 6, 1), (11, 9, 1024), (703, 64, 1)], ids=str
+)
+@pytest.mark.parametrize("implementation", ["cpu-torch", "cpu-past_the_caches"], indirect=True)
+def test_cpu_and_aten_give_the_same_bits(implementation, shape, dtype):
     torch.manual_seed(0)
     x, dy = (torch.randn(shape).to(getattr(torch, dtype)) for _ in range(2))
     statistics = torch.rand(2 * shape[1] + 1, dtype=torch.float64)

@@ -16,8 +16,7 @@ IN_PLACE = [Tail("none", 0.0, True), Tail("leaky_relu", 0.25, True)]
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request, monkeypatch):
-    monkeypatch.setattr(aten, "_TILE_CPU", IMPLEMENTATIONS[request.param].tile)
-    return IMPLEMENTATIONS[request.param]
+    return IMPLEMENTATIONS[request.param].set_up(monkeypatch, request)
 
 
 def case(shape, seed=0):

@@ -40,8 +40,10 @@ def _load() -> ctypes.CDLL | None:
     pointer, integer, size, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_double
     shape, tail = [size] * 3, [integer, real, real]
     library.syncbn_isa.restype, library.syncbn_combine.restype = ctypes.c_char_p, real
+    library.syncbn_set_cache_bytes.restype = size
     for name, arguments in {
         "isa": [],
+        "set_cache_bytes": [size],
         "prefer_huge_pages": [pointer, ctypes.c_size_t],
         "stats": [integer, pointer, *shape, pointer, pointer],
         "combine": [pointer, pointer, size, integer, *[pointer] * 3, real, real],

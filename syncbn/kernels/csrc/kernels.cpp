@@ -1,10 +1,11 @@
-// The operations of the kernels; how they go through memory is in drivers.h.
+// The operations of the kernels; how they go through memory is in reduce.h and map.h.
 //
 // Compiled with -ffp-contract=off: each element-wise operation rounds on its own, as in the other implementations, so that
 // results are the same bits whichever instruction set, vector body or tail computed them.
 #include "kernels.h"
 
-#include "drivers.h"
+#include "map.h"
+#include "reduce.h"
 
 namespace {
 
@@ -94,6 +95,7 @@ template <class T> struct Moments {
   const double* center;
   template <class D> D channel(long c) const { return splat<D>(center ? center[c] : 0.0); }
   template <class D> D channels(long c) const { return center ? load<D>(center + c) : D{}; }
+  template <int kCount> SYNCBN_INLINE void prefetch(long i) const { simd::prefetch<kCount>(x + i); }
   template <class D> SYNCBN_INLINE Factors<D> at(long i, const D& center_c) const {
     const D v = load<D>(x + i) - center_c;
     return {v, v};
@@ -107,6 +109,7 @@ template <class T> struct RawMoments {
   template <class D> struct Nothing {};
   template <class D> Nothing<D> channel(long) const { return {}; }
   template <class D> Nothing<D> channels(long) const { return {}; }
+  template <int kCount> SYNCBN_INLINE void prefetch(long i) const { simd::prefetch<kCount>(x + i); }
   template <class D> SYNCBN_INLINE Factors<D> at(long i, Nothing<D>) const {
     const D v = load<D>(x + i);
     return {v, v};
@@ -131,15 +134,20 @@ template <class T> struct AffineOf {
 // y = activation(z + residual)
 template <class T, class Activation, bool kResidual> struct Normalise {
   const T *x, *residual;
-  T* y;
+  T* out;
   AffineOf<T> affine;
   Activation activation;
+  bool streaming;
   template <class V> Affine<V> channel(long c) const { return affine.template channel<V>(c); }
   template <class V> Affine<V> channels(long c) const { return affine.template channels<V>(c); }
+  template <int kCount> SYNCBN_INLINE void prefetch(long i) const {
+    simd::prefetch<kCount>(x + i);
+    if constexpr (kResidual) simd::prefetch<kCount>(residual + i);
+  }
   template <class V> SYNCBN_INLINE void put(long i, const Affine<V>& k) const {
     V z = k(load<V>(x + i));
     if constexpr (kResidual) z = z + load<V>(residual + i);
-    simd::store(activation.forward(z), y + i);
+    simd::put(activation.forward(z), out + i, streaming);
   }
 };
 
@@ -157,6 +165,10 @@ template <class T, class Activation, Source kSource> struct Differentiate {
   const T *dy, *x, *gate;
   AffineOf<T> affine;
   Activation activation;
+  template <int kCount> SYNCBN_INLINE void prefetch(long i) const {
+    simd::prefetch<kCount>(dy + i), simd::prefetch<kCount>(x + i);
+    if constexpr (kSource == Source::kGated) simd::prefetch<kCount>(gate + i);
+  }
   template <class V> SYNCBN_INLINE Terms<V> operator()(long i, const Affine<V>& k) const {
     const V g = load<V>(dy + i), v = load<V>(x + i);
     if constexpr (kSource == Source::kPlain) {
@@ -191,6 +203,7 @@ template <class T, class Activation, Source kSource> struct BackwardSums {
     using V = typename Elementwise<T, D>::type;
     return {load<D>(mean + c), terms.affine.template channels<V>(c)};
   }
+  template <int kCount> SYNCBN_INLINE void prefetch(long i) const { terms.template prefetch<kCount>(i); }
   template <class D> SYNCBN_INLINE Factors<D> at(long i, const Constants<D>& k) const {
     if constexpr (kSource == Source::kPlain) {
       return {load<D>(terms.dy + i), load<D>(terms.x + i) - k.mean};
@@ -213,24 +226,26 @@ template <class V> struct Gradient {
 // dx = (g - (x - mean) * slope - mean_dy) * scale
 template <class T, class Activation, Source kSource> struct InputGradient {
   Differentiate<T, Activation, kSource> terms;
-  T* dx;
+  T* out;
   const A<T>*slope, *mean_dy, *scale;
+  bool streaming;
   template <class V> Gradient<V> channel(long c) const {
     return {terms.affine.template channel<V>(c), splat<V>(slope[c]), splat<V>(mean_dy[c]), splat<V>(scale[c])};
   }
   template <class V> Gradient<V> channels(long c) const {
     return {terms.affine.template channels<V>(c), load<V>(slope + c), load<V>(mean_dy + c), load<V>(scale + c)};
   }
+  template <int kCount> SYNCBN_INLINE void prefetch(long i) const { terms.template prefetch<kCount>(i); }
   template <class V> SYNCBN_INLINE void put(long i, const Gradient<V>& k) const {
     const Terms<V> t = terms(i, k.affine);
-    simd::store((t.g - t.xmu * k.slope - k.mean_dy) * k.scale, dx + i);
+    simd::put((t.g - t.xmu * k.slope - k.mean_dy) * k.scale, out + i, streaming);
   }
 };
 
 // ---- from run-time arguments to types -----------------------------------------------------------------------------
 
-template <class Op, class T> void map_as(const Op& op, Shape shape) {
-  map<typename Accumulate<T>::vector, A<T>>(op, shape);
+template <class Op, class T> void map_as(const Op& op, Shape shape, int arrays) {
+  map<typename Accumulate<T>::vector, A<T>>(op, shape, arrays * shape.size() * long(sizeof(T)));
 }
 
 // One channel of many rows is one row.
@@ -272,8 +287,10 @@ void elemt(int dtype, const void* x, const void* residual, void* y, Shape shape,
     with_activation(tail, [&](auto activation) {
       using F = decltype(activation);
       const T *in = (const T*)x, *other = (const T*)residual;
-      if (residual) map_as<Normalise<T, F, true>, T>({in, other, (T*)y, AffineOf<T>(k), activation}, row_of(shape));
-      else map_as<Normalise<T, F, false>, T>({in, other, (T*)y, AffineOf<T>(k), activation}, row_of(shape));
+      const AffineOf<T> affine(k);
+      const bool apart = x != y;
+      if (residual) map_as<Normalise<T, F, true>, T>({in, other, (T*)y, affine, activation, apart}, row_of(shape), 3);
+      else map_as<Normalise<T, F, false>, T>({in, other, (T*)y, affine, activation, apart}, row_of(shape), 2);
     });
   });
 }
@@ -308,7 +325,8 @@ BackwardSums<T, Act, kSource> sums_of(const Differentiate<T, Act, kSource>& term
 template <class T, class Act, Source kSource>
 InputGradient<T, Act, kSource> gradient_of(const Differentiate<T, Act, kSource>& terms, void* dx, const void* slope,
                                            const void* mean_dy, const void* scale) {
-  return {terms, (T*)dx, (const A<T>*)slope, (const A<T>*)mean_dy, (const A<T>*)scale};
+  const bool apart = dx != terms.x && dx != terms.dy;
+  return {terms, (T*)dx, (const A<T>*)slope, (const A<T>*)mean_dy, (const A<T>*)scale, apart};
 }
 
 void backward_reduce(int dtype, const void* dy, const void* x, const void* gate, void* g, Shape shape, const Channels& k,
@@ -324,7 +342,7 @@ void backward_elemt(int dtype, const void* dy, const void* x, void* dx, Shape sh
     using T = decltype(t);
     with_source<T, false>(dy, x, nullptr, k.forward, tail, [&](auto terms) {
       const auto op = gradient_of(terms, dx, k.slope, k.mean_dy, k.scale);
-      map_as<decltype(op), T>(op, row_of(shape));
+      map_as<decltype(op), T>(op, row_of(shape), 3);
     });
   });
 }

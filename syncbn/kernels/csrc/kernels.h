@@ -38,4 +38,5 @@ struct Kernels {
   const char* name;
 };
 
+extern long cache_bytes;  // of the last level
 extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512;

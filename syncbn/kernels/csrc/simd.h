@@ -230,6 +230,48 @@ template <class T> inline void store(HalfFloat v, T* p) {
   for (int i = 0; i < kDoubles; ++i) narrow(v[i], p + i);
 }
 
+// ---- past the caches, and ahead of use -----------------------------------------------------------------------------
+
+// Of kCount elements. What lies beyond an array does no harm.
+template <int kCount, class T> SYNCBN_INLINE void prefetch(const T* p) {
+  for (size_t byte = 0; byte < kCount * sizeof(T); byte += 64) __builtin_prefetch(reinterpret_cast<const char*>(p) + byte);
+}
+
+#if defined(__AVX__)
+constexpr bool kStreams = true;
+inline void stream_bytes(__m128i v, void* p) { _mm_stream_si128(static_cast<__m128i*>(p), v); }
+inline void stream_bytes(__m256i v, void* p) { _mm256_stream_si256(static_cast<__m256i*>(p), v); }
+#if defined(__AVX512F__)
+inline void stream_bytes(__m512i v, void* p) { _mm512_stream_si512(static_cast<__m512i*>(p), v); }
+#endif
+// What other threads are to see after this is written.
+inline void end_of_stream() { _mm_sfence(); }
+
+template <int kSize> struct Bytes;
+template <> struct Bytes<16> { using type = __m128i; };
+template <> struct Bytes<32> { using type = __m256i; };
+#if defined(__AVX512F__)
+template <> struct Bytes<64> { using type = __m512i; };
+#endif
+#else
+constexpr bool kStreams = false;
+inline void end_of_stream() {}
+#endif
+
+// As store; where `streaming`, a vector goes past the caches, to an address that is a multiple of what it takes there.
+template <class V, class T> inline void put(V v, T* p, [[maybe_unused]] bool streaming) {
+#if defined(__AVX__)
+  if constexpr (Lanes<V>::value > 1) {
+    if (streaming) {
+      alignas(64) T out[Lanes<V>::value];
+      store(v, out);
+      return stream_bytes(raw<typename Bytes<sizeof out>::type>(out), p);
+    }
+  }
+#endif
+  store(v, p);
+}
+
 // ---- arithmetic ---------------------------------------------------------------------------------------------------
 
 // a * b + c, rounded once or twice: for sums, of which the last bits are nobody's contract.
@@ -270,7 +312,7 @@ template <class V> inline V exp(V v) {
 
 inline double sum(Double v) {
   double total = 0;
-  for (int i = 0; i < kDoubles; ++i) total += v[i];
+  for (int i = 0; i < kDoubles; i += 2) total += v[i] + v[i + 1];
   return total;
 }
 

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -28,6 +30,16 @@ const Kernels& pick() {
 }
 
 const Kernels& kernels = pick();
+
+// As the system knows it: what sysconf says adds up the caches of several sockets on some processors.
+long last_level_cache() {
+  long kilobytes = 0;
+  if (FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
+    if (std::fscanf(file, "%ldK", &kilobytes) != 1) kilobytes = 0;
+    std::fclose(file);
+  }
+  return kilobytes > 0 ? kilobytes << 10 : 32L << 20;
+}
 
 // running += momentum * (batch - running), in the buffers' own dtype.
 template <class T> void update(void* running, const double* batch, long c, double momentum) {
@@ -119,9 +131,14 @@ void backward_elemt(int dtype, const void* dy, const void* x, void* dx, Shape sh
 
 }  // namespace
 
+long cache_bytes = last_level_cache();
+
 #define SYNCBN_API extern "C" __attribute__((visibility("default")))
 
 SYNCBN_API const char* syncbn_isa() { return kernels.name; }
+
+// Sets the size from which on results go past the caches, and returns the one before: for tests.
+SYNCBN_API long syncbn_set_cache_bytes(long bytes) { return std::exchange(cache_bytes, bytes); }
 
 // Asks for huge pages where memory is still to come from the system: its pages then come, cleared, some hundred at a time.
 SYNCBN_API void syncbn_prefer_huge_pages(void* address, size_t bytes) {

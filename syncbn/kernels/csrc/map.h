@@ -1,0 +1,118 @@
+// `map`: writes an (n, c, s) array element by element: parts of it from the last to the first, each upwards, for processors
+// are slow at going downwards past their caches.
+//
+// It takes an operation that is a template over the vector type, with
+//     channel<V>(c)     the constants of channel c, in every lane            (s > 1: a row has one channel)
+//     channels<V>(c)    the constants of channels c, c + 1, ..., a lane each (s == 1: a row has them all)
+//     prefetch<k>(i)    fetches what put reads of elements i, ..., i + k - 1
+//     put<V>(i, k)      writes elements i, i + 1, ... of `out`, past the caches where `streaming` says so
+#pragma once
+
+#include <cstdint>
+
+#include "simd.h"
+#include "walk.h"
+
+namespace {
+
+constexpr long kTogether = 4096;  // elements that are written upwards
+constexpr int kPair = 2;          // rows of all channels that are written at once: for both, constants are loaded once
+
+// Elements from p to the next address to which V can be streamed.
+template <class V, class T> inline long to_boundary(const T* p) {
+  constexpr long bytes = simd::Lanes<V>::value * sizeof(T);
+  return (bytes - long(reinterpret_cast<uintptr_t>(p) % bytes)) % bytes / long(sizeof(T));
+}
+
+// What is fetched with element i of [begin, end): element i + before below `turn`, i + after from there on. It is what
+// comes kAhead later, the part below being next.
+struct Fetch {
+  long turn, before, after;
+  Fetch(long begin, long end)
+      : turn(std::max(begin, end - kAhead)), before(kAhead), after(kAhead - 2 * std::max(end - begin, kAhead)) {}
+};
+
+// Elements [s0, s1) of channels [c0, c1) of one sample.
+template <class V, class S, class Op> inline void map_rows(const Op& given, Shape x, const Part& part, long sample) {
+  const Op op = given;  // its own, which no store can be taken to change: it stays in registers
+  constexpr int lanes = simd::Lanes<V>::value;
+  const long row = sample * x.c * x.s;
+  const Fetch fetch(row + part.c0 * x.s + part.s0, row + (part.c1 - 1) * x.s + part.s1);
+  for (long c = part.c0; c < part.c1; ++c) {
+    const auto v = op.template channel<V>(c);
+    const auto u = op.template channel<S>(c);
+    long i = row + c * x.s + part.s0;
+    const long end = row + c * x.s + part.s1;
+    if (op.streaming)
+      for (const long head = std::min(end, i + to_boundary<V>(op.out + i)); i < head; ++i) op.put(i, u);
+    for (; i + 2 * lanes <= std::min(end, fetch.turn); i += 2 * lanes) {
+      op.template prefetch<2 * lanes>(i + fetch.before);
+      op.put(i, v), op.put(i + lanes, v);
+    }
+    for (; i + 2 * lanes <= end; i += 2 * lanes) {
+      op.template prefetch<2 * lanes>(i + fetch.after);
+      op.put(i, v), op.put(i + lanes, v);
+    }
+    if (i + lanes <= end) op.put(i, v), i += lanes;
+    for (; i < end; ++i) op.put(i, u);
+  }
+}
+
+// All channels of kCount rows from element `row` on, where s == 1.
+template <class V, class S, int kCount, class Op> SYNCBN_INLINE void map_columns(const Op& op, long c, long row, long ahead) {
+  constexpr int lanes = simd::Lanes<V>::value;
+  long j = 0;
+  for (; j + 2 * lanes <= c; j += 2 * lanes) {
+    const auto k0 = op.template channels<V>(j), k1 = op.template channels<V>(j + lanes);
+#pragma GCC unroll 4
+    for (int r = 0; r < kCount; ++r) {
+      op.template prefetch<2 * lanes>(row + kCount * j + r * 2 * lanes + ahead);
+      op.put(row + r * c + j, k0), op.put(row + r * c + j + lanes, k1);
+    }
+  }
+  for (; j + lanes <= c; j += lanes)
+    for (int r = 0; r < kCount; ++r) op.put(row + r * c + j, op.template channels<V>(j));
+  for (; j < c; ++j)
+    for (int r = 0; r < kCount; ++r) op.put(row + r * c + j, op.template channel<S>(j));
+}
+
+// Rows [first, last) of c channels each, where s == 1.
+template <class V, class S, class Op> inline void map_columns(const Op& given, long c, long first, long last) {
+  const Op op = given;
+  const long together = std::max(kTogether / c, long(kPair));
+  for (; last > first; last -= together) {
+    const long begin = std::max(first, last - together) * c, end = last * c;
+    const Fetch fetch(begin, end);
+    const auto ahead = [&](long row) { return row < fetch.turn ? fetch.before : fetch.after; };
+    long row = begin;
+    for (; row + kPair * c <= end; row += kPair * c) map_columns<V, S, kPair>(op, c, row, ahead(row));
+    for (; row < end; row += c) map_columns<V, S, 1>(op, c, row, ahead(row));
+  }
+}
+
+// op.put<V>(i, constants) for every element; bytes are those of all arrays that it reads and writes.
+template <class V, class S, class Op> void map(const Op& given, Shape x, long bytes) {
+  if (!x.size()) return;
+  const int threads = threads_for(x.size());
+  const bool rows = x.s > 1, split = by_channel(x, threads);
+  const auto* out = given.out;
+  // Where the arrays of a pass exceed the cache, a result is not there any more when the next layer reads it, and the line
+  // that a store fetches first is fetched for nothing. Short rows share lines, which are put together in the cache.
+  const bool streaming = simd::kStreams && given.streaming && bytes > cache_bytes &&
+                         (rows ? x.s * long(sizeof *out) >= 1024 : !to_boundary<V>(out) && !to_boundary<V>(out + x.c));
+  in_parallel(threads, rows ? (split ? x.c : x.s) : x.n, [&](int, long first, long last) {
+    Op op = given;  // its own, which no store can be taken to change
+    op.streaming = streaming;
+    const Op& fixed = op;
+    if (rows) {
+      for_parts<true>(x, split, first, last, std::max(kTogether / x.s, 1L), [&](const Part& part) {
+        for (long r = part.samples; r-- > 0;) map_rows<V, S>(fixed, x, part, part.sample + r);
+      });
+    } else {
+      map_columns<V, S>(fixed, x.c, first, last);
+    }
+    if (streaming) simd::end_of_stream();
+  });
+}
+
+}  // namespace

@@ -1,0 +1,194 @@
+// `reduce`: sums pairs per channel of an (n, c, s) array in float64.
+//
+// It takes an operation that is a template over the vector type, with
+//     Sums              what is added at once: doubles, as many as the element-wise arithmetic has lanes
+//     channel<D>(c)     the constants of channel c, in every lane            (s > 1: a row has one channel)
+//     channels<D>(c)    the constants of channels c, c + 1, ..., a lane each (s == 1: a row has them all)
+//     prefetch<k>(i)    fetches what at reads of elements i, ..., i + k - 1
+//     at<D>(i, k)       the Factors of elements i, i + 1, ...
+#pragma once
+
+#include <vector>
+
+#include "simd.h"
+#include "walk.h"
+
+namespace {
+
+using simd::Double;
+using simd::kDoubles;
+
+// Sums that grow long are kept as two numbers, of which `low` collects what rounding takes from `high` (two-sum, Knuth):
+// adding a few hundred terms plainly and blocks of them so costs nothing and loses nothing. D is a vector or a double.
+template <class D> struct Sum {
+  D high{}, low{};
+  void add(const D& v) {
+    const D total = high + v, part = total - high;
+    low += (high - (total - part)) + (v - part);
+    high = total;
+  }
+  D value() const {
+    const D sum = high + low;
+    return sum == sum ? sum : high;  // of infinity, low is NaN
+  }
+};
+
+// Such sums of a and of b for each of c channels; a vector of neighbouring channels is added at once.
+class Totals {
+ public:
+  explicit Totals(long c) : c_(c), v_(4 * c) {}
+  template <class D> void add(long channel, const D& a, const D& b) {
+    add_to(v_.data() + channel, a), add_to(v_.data() + 2 * c_ + channel, b);
+  }
+  void add(const Totals& other) {
+    for (long c = 0; c < c_; ++c) add(c, other.value(c, 0), other.value(c, 1));
+  }
+  double value(long channel, int which) const {
+    const double* high = v_.data() + 2 * which * c_ + channel;
+    return Sum<double>{high[0], high[c_]}.value();
+  }
+
+ private:
+  template <class D> void add_to(double* high, const D& v) {
+    Sum<D> sum{simd::load<D>(high), simd::load<D>(high + c_)};
+    sum.add(v);
+    simd::store(sum.high, high), simd::store(sum.low, high + c_);
+  }
+  long c_;
+  std::vector<double> v_;  // high of a, low of a, high of b, low of b
+};
+
+// What an operation yields of an element: the sums are those of `first` and of `first * second`.
+template <class D> struct Factors { D first, second; };
+
+template <class D> SYNCBN_INLINE void add(const Factors<D>& v, D* a, D* b) {
+  *a += v.first;
+  *b = simd::fma(v.first, v.second, *b);
+}
+SYNCBN_INLINE void add(const Factors<simd::Doubles>& v, Double* a, Double* b) {
+  add(Factors<Double>{v.first.low, v.second.low}, a, b);
+  add(Factors<Double>{v.first.high, v.second.high}, a + 1, b + 1);
+}
+
+constexpr long kBlock = 64;  // steps, or rows, of plain addition
+constexpr int kWays = 4;     // sums side by side, so that none waits for the one before
+
+// Adds the sums of op over elements [begin, end) of a row of one channel, and of the rows - 1 that follow `stride` later.
+template <class Op>
+inline void reduce_rows(const Op& given, long c, long begin, long end, long rows, long stride, Totals& totals) {
+  const Op op = given;  // its own, which no store can be taken to change: it stays in registers
+  using Wide = typename Op::Sums;
+  constexpr int lanes = simd::Lanes<Wide>::value, step = lanes / kDoubles;
+  constexpr long width = kWays * kDoubles;
+  const auto v = op.template channel<Wide>(c);
+  const auto half = op.template channel<Double>(c);
+  const auto u = op.template channel<double>(c);
+  Sum<Double> a_total, b_total;
+  Double a[kWays]{}, b[kWays]{};
+  double a_tail = 0, b_tail = 0;
+  long steps = 0;  // of plain addition so far
+  for (long r = 0; r < rows; ++r, begin += stride, end += stride) {
+    long i = begin;
+    while (i + width <= end) {
+      const long count = std::min((end - i) / width, kBlock - steps);
+      for (const long stop = i + count * width; i < stop; i += width) {
+        op.template prefetch<width>(i + kAhead);
+#pragma GCC unroll 4
+        for (int w = 0; w < kWays; w += step) add(op.at(i + w * kDoubles, v), a + w, b + w);
+      }
+      if ((steps += count) == kBlock) {
+#pragma GCC unroll 4
+        for (int w = 0; w < kWays; ++w) {
+          a_total.add(a[w]), b_total.add(b[w]);
+          a[w] = b[w] = Double{};
+        }
+        steps = 0;
+      }
+    }
+    for (; i + kDoubles <= end; i += kDoubles) add(op.at(i, half), a, b);
+    for (; i < end; ++i) add(op.at(i, u), &a_tail, &b_tail);
+  }
+  a_total.add((a[0] + a[1]) + (a[2] + a[3])), b_total.add((b[0] + b[1]) + (b[2] + b[3]));
+  totals.add(c, simd::sum(a_total.value()) + a_tail, simd::sum(b_total.value()) + b_tail);
+}
+
+constexpr long kStrip = 256;         // channels whose plain sums stay in the first-level cache
+// Elements of rows that are summed in registers before they are added to those; which also makes what is added differ
+// enough for its roundings to cancel: the squares of integers alone are 0 or 1 modulo 4, and round one way.
+constexpr long kGroup = 1024;
+
+// Adds the sums of op over `rows` rows of c channels, from element `first` on, to a and b: of channels start + j onwards
+// as long as they fill kCount D; returns the first channel that is left.
+template <class D, int kCount, class Op>
+SYNCBN_INLINE long add_rows(const Op& op, long c, long first, long rows, long start, long j, long width, double* a,
+                            double* b) {
+  constexpr int lanes = simd::Lanes<D>::value;
+  const bool whole = c <= kStrip;
+  using Lane = std::conditional_t<lanes == 1, double, Double>;
+  constexpr int parts = sizeof(D) / sizeof(Lane), part = lanes / parts;
+  for (; j + kCount * lanes <= width; j += kCount * lanes) {
+    decltype(channels<D>(op, 0)) k[kCount];
+    for (int w = 0; w < kCount; ++w) k[w] = channels<D>(op, start + j + w * lanes);
+    Lane sum_a[kCount * parts]{}, sum_b[kCount * parts]{};
+    for (long r = 0, i = first + j; r < rows; ++r, i += c) {
+      // What the next rows have in this place; where the strip is all of a row, in the order of memory.
+      op.template prefetch<kCount * lanes>(whole ? first + kFarAhead + rows * j + r * kCount * lanes : i + rows * c);
+#pragma GCC unroll 4
+      for (int w = 0; w < kCount; ++w) add(op.at(i + w * lanes, k[w]), sum_a + w * parts, sum_b + w * parts);
+    }
+#pragma GCC unroll 4
+    for (int p = 0; p < kCount * parts; ++p) {
+      double *to_a = a + j + p * part, *to_b = b + j + p * part;
+      simd::store(simd::load<Lane>(to_a) + sum_a[p], to_a);
+      simd::store(simd::load<Lane>(to_b) + sum_b[p], to_b);
+    }
+  }
+  return j;
+}
+
+// Adds the sums of op over rows [begin, end) of c channels each.
+template <class Op> inline void reduce_columns(const Op& given, long c, long begin, long end, Totals& totals) {
+  const Op op = given;
+  using Wide = typename Op::Sums;
+  constexpr int count = kWays * kDoubles / simd::Lanes<Wide>::value;
+  const long together = std::clamp(kGroup / c, 4L, kBlock);
+  for (; begin < end; begin += kBlock) {
+    const long stop = std::min(end, begin + kBlock);
+    for (long start = 0; start < c; start += kStrip) {
+      const long width = std::min(kStrip, c - start);
+      alignas(64) double a[kStrip], b[kStrip];
+      std::fill(a, a + width, 0.0), std::fill(b, b + width, 0.0);
+      for (long r = begin; r < stop; r += together) {
+        const long first = r * c + start, rows = std::min(together, stop - r);
+        long j = add_rows<Wide, count>(op, c, first, rows, start, 0, width, a, b);
+        j = add_rows<Double, 1>(op, c, first, rows, start, j, width, a, b);
+        add_rows<double, 1>(op, c, first, rows, start, j, width, a, b);
+      }
+      long j = 0;
+      for (; j + kDoubles <= width; j += kDoubles)
+        totals.add(start + j, simd::load<Double>(a + j), simd::load<Double>(b + j));
+      for (; j < width; ++j) totals.add(start + j, a[j], b[j]);
+    }
+  }
+}
+
+// out = [sums of a (c) | sums of b (c)] of op over the array.
+template <class Op> void reduce(const Op& op, Shape x, double* out) {
+  if (!x.size()) return (void)std::fill(out, out + 2 * x.c, 0.0);
+  const int threads = threads_for(x.size());
+  // Threads have channels of their own, or else sums of their own of all channels.
+  const bool rows = x.s > 1, split = by_channel(x, threads), shared = rows && split;
+  std::vector<Totals> totals(shared ? 1 : threads, Totals(x.c));
+  in_parallel(threads, rows ? (split ? x.c : x.s) : x.n, [&](int t, long first, long last) {
+    Totals& sums = totals[shared ? 0 : t];
+    if (!rows) return reduce_columns(op, x.c, first, last, sums);
+    for_parts<false>(x, split, first, last, 1, [&](const Part& part) {
+      const long row = (part.sample * x.c + part.c0) * x.s;
+      reduce_rows(op, part.c0, row + part.s0, row + part.s1, part.samples, x.c * x.s, sums);
+    });
+  });
+  for (size_t t = 1; t < totals.size(); ++t) totals[0].add(totals[t]);
+  for (long c = 0; c < x.c; ++c) out[c] = totals[0].value(c, 0), out[x.c + c] = totals[0].value(c, 1);
+}
+
+}  // namespace
