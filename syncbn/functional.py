@@ -253,9 +253,9 @@ def _check(
 ) -> None:
     """Refuses arguments that do not fit each other, before anything is sent or changed."""
     _check_memory("input", input)
-    device = input.device
+    device, strided = input.device, torch.strided
     for v in (weight, bias, running_mean, running_var):
-        if v is not None and not (isinstance(v, Tensor) and v.device == device and v.layout == torch.strided):
+        if v is not None and not (isinstance(v, Tensor) and v.device == device and v.layout is strided):
             vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
             _refuse_vector(next(name for name, vector in vectors.items() if vector is v), v, device)
     check_arguments(input, num_features, weight, bias, running_mean, running_var, momentum, eps)

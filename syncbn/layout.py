@@ -12,42 +12,45 @@ Torch tensors and ndarrays are handled alike, through what both have: shape, str
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import Any
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 
 
-class Layout(NamedTuple):
+class Layout:
     """How a batch of one shape maps to (n, c, s) and back.
 
     Attributes:
         shape: the batch's own shape, (N, C, ...).
         channels_last: whether neighbouring channels are neighbours in memory.
+        strides: of a dense array of this layout, in elements; it is flattened without a copy.
+        flat_shape, flat_strides: its (n, c, s), and the strides of that.
     """
 
-    shape: tuple[int, ...]
-    channels_last: bool
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """The strides, in elements, of a dense array of this layout; it is flattened without a copy."""
-        _, c, *spatial = self.shape
-        strides, step = [], c if self.channels_last else 1
+    def __init__(self, shape: tuple[int, ...], channels_last: bool) -> None:
+        n, c, *spatial = shape
+        s = math.prod(spatial)
+        strides, step = [], c if channels_last else 1
         for size in reversed(spatial):
             strides.append(step)
             step *= size
         strides.reverse()
-        return (step, 1, *strides) if self.channels_last else (step * c, step, *strides)
+        self.shape, self.channels_last = shape, channels_last
+        self.strides = (step, 1, *strides) if channels_last else (step * c, step, *strides)
+        self.flat_shape = (n * s, c, 1) if channels_last else (n, c, s)
+        self.flat_strides = (c, 1, 1) if channels_last else (c * s, s, 1)
 
     def flatten(self, x: Any) -> Any:
         """Views x, of this layout's shape, as (n, c, s).
 
         A view where the strides of x allow one; a copy otherwise (say, a contiguous dy for a channels-last x).
         """
+        if hasattr(x, "as_strided") and x.stride() == self.strides:  # one operation of torch's, in place of three
+            return x.as_strided(self.flat_shape, self.flat_strides)
         n, c, *spatial = self.shape
-        s = math.prod(spatial)
-        x = x.reshape((n, c, s))
-        return x.swapaxes(1, 2).reshape((n * s, c, 1)) if self.channels_last else x
+        x = x.reshape((n, c, math.prod(spatial)))
+        return x.swapaxes(1, 2).reshape(self.flat_shape) if self.channels_last else x
 
     def restore(self, y: Any) -> Any:
         """Views y, of shape (n, c, s), in this layout's shape and memory format."""
@@ -57,13 +60,16 @@ class Layout(NamedTuple):
         return y.reshape(self.shape)
 
 
+_layout = lru_cache(maxsize=256)(Layout)
+
+
 def layout_of(x: Any) -> Layout:
     """Returns the layout in which x is flattened without a copy, where there is one."""
-    if callable(getattr(x, "stride", None)):
+    if hasattr(x, "as_strided"):
         contiguous, channel_stride = x.is_contiguous(), x.stride(1)
     else:
         contiguous, channel_stride = x.flags.c_contiguous, x.strides[1] // x.itemsize
-    return Layout(x.shape, channels_last=not contiguous and channel_stride == 1)
+    return _layout(x.shape, not contiguous and channel_stride == 1)
 
 
 def check_arguments(
@@ -90,18 +96,13 @@ def check_arguments(
             "reshape it so that axis 1 holds the channels"
         )
     expected = None
-    for name, v in (("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var)):
-        if v is None:
-            continue
-        if expected is None:
-            expected = v.shape
-        if v.shape != expected or len(expected) != 1:
-            raise ValueError(
-                f"expected weight, bias, running_mean and running_var of one shape, (C,); got {name} of shape "
-                f"{tuple(v.shape)} for {tuple(expected)}: was it replaced, or loaded from another layer?"
-            )
-        _check_dtype(name, v.dtype)
-    channels = expected[0] if expected is not None else num_features or shape[1]
+    for v in (weight, bias, running_mean, running_var):
+        if v is not None:
+            expected = expected or v.shape
+            if v.shape != expected or len(expected) != 1 or v.dtype not in _known_dtypes:
+                vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+                _check_vector(next(name for name, vector in vectors.items() if vector is v), v, expected)
+    channels = expected[0] if expected else num_features or shape[1]
     if shape[1] == 0 or shape[1] != channels:
         raise ValueError(
             f"expected an input with {channels or 'at least 1'} channels on axis 1; got {shape[1]}, shape "
@@ -109,7 +110,8 @@ def check_arguments(
         )
     if (running_mean is None) != (running_var is None):
         raise ValueError("expected running_mean and running_var, or neither; got one: pass both, or None for both")
-    _check_dtype("an input", x.dtype)
+    if x.dtype not in _known_dtypes:
+        _check_dtype("an input", x.dtype)
     if not float(eps) > 0:
         raise ValueError(f"expected eps above 0; got {eps}: a channel of equal values would be divided by 0")
     if isinstance(momentum, (str, bytes)) or (isinstance(momentum, float) and not math.isfinite(momentum)):
@@ -119,9 +121,16 @@ def check_arguments(
 _known_dtypes: set[Any] = set()
 
 
+def _check_vector(name: str, v: Any, expected: tuple[int, ...]) -> None:
+    if v.shape != expected or len(expected) != 1:
+        raise ValueError(
+            f"expected weight, bias, running_mean and running_var of one shape, (C,); got {name} of shape "
+            f"{tuple(v.shape)} for {tuple(expected)}: was it replaced, or loaded from another layer?"
+        )
+    _check_dtype(name, v.dtype)
+
+
 def _check_dtype(name: str, dtype: Any) -> None:
-    if dtype in _known_dtypes:
-        return
     plain = str(dtype).removeprefix("torch.")
     if plain not in FLOATING:
         raise TypeError(f"expected {name} of dtype {', '.join(FLOATING)}; got {plain}: convert it first")

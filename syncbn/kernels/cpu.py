@@ -18,14 +18,16 @@ from .tail import PLAIN, Tail, weight_floor
 
 
 class _Codes(dict[Any, int]):
-    """The library's number of each dtype, torch's and NumPy's, looked up by its name when first seen."""
+    """The library's number of each dtype, torch's and NumPy's, looked up by its name when first seen; -1 of others."""
 
     def __missing__(self, dtype: Any) -> int:
-        return self.setdefault(dtype, _NAMES.index(str(dtype).removeprefix("torch.")))
+        name = str(dtype).removeprefix("torch.")
+        return self.setdefault(dtype, _NAMES.index(name) if name in _NAMES else -1)
 
 
-_NAMES = ("float64", "float32", "bfloat16", "float16")
+_NAMES = ("float64", "float32", "bfloat16", "float16", "int64")
 _CODES = _Codes()
+_INT64 = _NAMES.index("int64")
 _HUGE_BYTES = 4_000_000
 _ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 1, "silu": 2}
 
@@ -91,9 +93,10 @@ def prefer_huge_pages(x: Any) -> None:
 def stats(x: Any, center: Any) -> Any:
     """Sums, sums of squares and the count of one rank's x. See the package's contract."""
     (x,) = _dense(x)
-    moments = _empty(x, 2 * x.shape[1] + 1)
+    n, c, s = x.shape
+    moments = _empty(x, 2 * c + 1)
     of_x, *vectors = _addresses(x, center, moments)
-    _library.syncbn_stats(_CODES[x.dtype], of_x, *x.shape, *vectors)
+    _library.syncbn_stats(_CODES[x.dtype], of_x, n, c, s, *vectors)
     return moments
 
 
@@ -115,11 +118,11 @@ def combine(
             mean, var = _cast(mean, "float64"), _cast(var, "float64")
         code = _CODES[mean.dtype]
     batches = num_batches_tracked
-    if batches is not None and str(batches.dtype).removeprefix("torch.") != "int64":
+    if batches is not None and _CODES[batches.dtype] != _INT64:
         batches = None  # as some averages of checkpoints have it
-    of_moments, of_center, *buffers = _addresses(moments, center, mean, var, batches)
-    c = moments.shape[0] // 2
-    count: float = _library.syncbn_combine(of_moments, of_center, c, code, *buffers, float(momentum), eps)
+    addresses = _addresses(moments, center, mean, var, batches)
+    c = len(moments) // 2
+    count: float = _library.syncbn_combine(*addresses[:2], c, code, *addresses[2:], float(momentum), eps)
     if mean is not running_mean:
         running_mean[...] = mean
     if var is not running_var:
@@ -131,9 +134,10 @@ def combine(
 
 def elemt(x: Any, statistics: Any, weight: Any, bias: Any, y: Any, tail: Tail = PLAIN, residual: Any = None) -> None:
     """The result: y = activation((x - mean) * (invstd * weight) + bias + residual). See the package's contract."""
-    x, residual, out, weight, bias = _dense(x, residual, y, *_parameters(x, weight, bias))
+    x, residual, out = _dense(x, residual, y)
+    code, weight, bias = _parameters(x, weight, bias)
     addresses = _addresses(x, residual, out, statistics, weight, bias)
-    _library.syncbn_elemt(_CODES[x.dtype], *addresses[:3], *x.shape, *addresses[3:], *_tail(x, tail))
+    _library.syncbn_elemt(code, *addresses[:3], *x.shape, *addresses[3:], *_tail(x, tail))
     if out is not y:
         y[...] = out
 
@@ -151,20 +155,21 @@ def backward_reduce(
     g: Any = None,
 ) -> Any:
     """Sums of g and of g * (x - mean) of one rank. See the package's contract."""
-    dy, x, gate, out, weight, bias = _dense(dy, x, gate, g, *_parameters(x, weight, bias))
-    sums = _empty(x, 2 * x.shape[1])
+    dy, x, gate, out = _dense(dy, x, gate, g)
+    code, weight, bias = _parameters(x, weight, bias)
+    n, c, s = x.shape
+    sums = _empty(x, 2 * c)
     # The library fills gradients of the accumulate dtype, as they mostly are.
-    direct = [
-        v if v is not None and _CODES[v.dtype] == min(_CODES[x.dtype], 1) else None for v in (grad_weight, grad_bias)
-    ]
-    addresses = _addresses(dy, x, gate, out, statistics, weight, bias, *direct, sums)
-    _library.syncbn_backward_reduce(_CODES[x.dtype], *addresses[:4], *x.shape, *addresses[4:], *_tail(x, tail))
+    of_weight = None if grad_weight is None or _CODES[grad_weight.dtype] != min(code, 1) else grad_weight
+    of_bias = None if grad_bias is None or _CODES[grad_bias.dtype] != min(code, 1) else grad_bias
+    addresses = _addresses(dy, x, gate, out, statistics, weight, bias, of_weight, of_bias, sums)
+    _library.syncbn_backward_reduce(code, *addresses[:4], n, c, s, *addresses[4:], *_tail(x, tail))
     if out is not g:
         g[...] = out
-    if direct[0] is not grad_weight:
-        grad_weight[...] = sums[x.shape[1] :] * statistics[x.shape[1] : -1]
-    if direct[1] is not grad_bias:
-        grad_bias[...] = sums[: x.shape[1]]
+    if of_weight is not grad_weight:
+        grad_weight[...] = sums[c:] * statistics[c:-1]
+    if of_bias is not grad_bias:
+        grad_bias[...] = sums[:c]
     return sums
 
 
@@ -172,11 +177,15 @@ def backward_elemt(
     dy: Any, x: Any, statistics: Any, weight: Any, bias: Any, sums: Any, dx: Any, tail: Tail = PLAIN
 ) -> None:
     """The gradient: dx = weight * invstd * (g - sum_g / N - (x - mean) * invstd^2 * sum_g_xmu / N)."""
-    dy, x, out, weight, bias = _dense(dy, x, dx, *_parameters(x, weight, bias))
+    dy, x, out = _dense(dy, x, dx)
+    code, weight, bias = _parameters(x, weight, bias)
     addresses = _addresses(dy, x, out, statistics, weight, bias, sums)
-    _library.syncbn_backward_elemt(_CODES[x.dtype], *addresses[:3], *x.shape, *addresses[3:], *_tail(x, tail))
+    _library.syncbn_backward_elemt(code, *addresses[:3], *x.shape, *addresses[3:], *_tail(x, tail))
     if out is not dx:
         dx[...] = out
+
+
+# These run several times a layer and step, where each operation of torch's costs as much as a tiny layer's arithmetic.
 
 
 def _addresses(*arrays: Any) -> list[int | None]:
@@ -196,13 +205,18 @@ def _dense(*arrays: Any) -> list[Any]:
     """Returns each array, or a copy in C order where it has other strides or a misaligned address; None for None."""
     if isinstance(arrays[0], np.ndarray):
         return [None if x is None else np.require(x, requirements=("C", "A")) for x in arrays]
-    return [None if x is None else x.contiguous().resolve_neg() for x in arrays]
+    return [x if x is None or (x.is_contiguous() and not x.is_neg()) else x.contiguous().resolve_neg() for x in arrays]
 
 
-def _parameters(x: Any, *vectors: Any) -> list[Any]:
-    """Returns weight and bias in the accumulate dtype of x, None for None."""
-    code = min(_CODES[x.dtype], 1)
-    return [v if v is None or _CODES[v.dtype] == code else _cast(v, _NAMES[code]) for v in vectors]
+def _parameters(x: Any, weight: Any, bias: Any) -> tuple[int, Any, Any]:
+    """Returns the library's number of x's dtype, and weight and bias, or None, dense in its accumulate dtype."""
+    code = _CODES[x.dtype]
+    accumulate = min(code, 1)
+    if weight is not None:
+        weight = _dense(weight if _CODES[weight.dtype] == accumulate else _cast(weight, _NAMES[accumulate]))[0]
+    if bias is not None:
+        bias = _dense(bias if _CODES[bias.dtype] == accumulate else _cast(bias, _NAMES[accumulate]))[0]
+    return code, weight, bias
 
 
 def _tail(x: Any, tail: Tail) -> tuple[int, float, float]:

@@ -12,6 +12,14 @@ from ..core import Running
 from ..functional import batch_stats_norm, running_stats_norm
 from ..kernels import PLAIN, Tail
 
+_NOTHING = Running()
+_RUNNING = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def _own(layer: nn.Module, registered: dict[str, Any], name: str) -> Any:
+    """Returns layer.name: where it is registered, as ever, without the 2 us of nn.Module's look-up of attributes."""
+    return registered[name] if name in registered else getattr(layer, name)
+
 
 class SyncBatchNorm(_BatchNorm):
     """Batch normalisation over the batch of all ranks: torch.nn.SyncBatchNorm, on CPUs too.
@@ -89,24 +97,23 @@ class SyncBatchNorm(_BatchNorm):
 
     def _normalise(self, input: Tensor, tail: Tail = PLAIN, residual: Tensor | None = None) -> Tensor:
         """Normalises input by the statistics of the batch: in evaluation, of this rank's."""
-        running: Running = Running()
         comm: Communicator = LocalCommunicator()
+        running = _NOTHING
         if self.training:
             comm = self._syncbn_group.communicator()
             if self.track_running_stats:
                 running = self._running()
-        return batch_stats_norm(
-            input, self.num_features, running, self.weight, self.bias, self.eps, comm, tail, residual
-        )
+        weight, bias = _own(self, self._parameters, "weight"), _own(self, self._parameters, "bias")
+        return batch_stats_norm(input, self.num_features, running, weight, bias, self.eps, comm, tail, residual)
 
     def _running(self) -> Running:
-        batches: Any = self.num_batches_tracked
+        mean, var, batches = (_own(self, self._buffers, name) for name in _RUNNING)
         momentum: Any = self.momentum
         if momentum is None:
             # A cumulative average, of which this batch is one part in as many as there are with it; a tensor, as they
             # are counted on the device.
             momentum = 0.0 if batches is None else (batches + 1).double().reciprocal()
-        return Running(self.running_mean, self.running_var, batches, momentum)
+        return Running(mean, var, batches, momentum)
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Nothing: forward's own checks cover every number of axes."""
