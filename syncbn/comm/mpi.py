@@ -56,8 +56,8 @@ class MPICommunicator:
 
         Raises:
             TypeError: buffer is not of float64; MPI has no bfloat16, and mpi4py would sum it wrongly.
-            RuntimeError: MPI failed, or would be called from a thread that it does not support. Backward of accelerator
-                tensors runs in threads of autograd's.
+            RuntimeError: MPI failed, the communicator has been freed, or MPI would be called from a thread that it does
+                not support. Backward of accelerator tensors runs in threads of autograd's.
         """
         if self._main_thread_only and not MPI.Is_thread_main():
             raise self._thread_error()
@@ -79,6 +79,11 @@ class MPICommunicator:
         try:
             self.comm.Allreduce(_IN_PLACE, message)
         except MPI.Exception as error:
+            if self.comm == MPI.COMM_NULL:
+                raise RuntimeError(
+                    f"{self._prefix()}expected an MPI communicator to sum over; got one that was freed: free it, or "
+                    "destroy its process group, after the last use of the layers that have it"
+                ) from error
             raise RuntimeError(
                 f"{self._prefix()}expected MPI_Allreduce of {buffer.nbytes // 8} float64 to succeed; got {error}: see "
                 "that all ranks run the same layers in the same order, and start them with `mpirun ... python -m "
@@ -129,8 +134,9 @@ def communicator_of(group: Any) -> MPICommunicator | LocalCommunicator | None:
         return None
     if group == MPI.COMM_NULL:
         raise ValueError(
-            "expected an MPI communicator that this process is in; got MPI.COMM_NULL: give every rank the communicator "
-            "that it belongs to"
+            "expected an MPI communicator that this process is in; got MPI.COMM_NULL, which a communicator is once it "
+            "was freed, and what ranks get that Split or Create leave out: give every rank the communicator that it "
+            "belongs to, and free it after its last use"
         )
     if MPI.Is_finalized() or not MPI.Is_initialized():  # where asking for a size would end the process
         state = "after MPI.Finalize()" if MPI.Is_finalized() else "before MPI.Init()"
