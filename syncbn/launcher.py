@@ -173,15 +173,15 @@ def _innermost(environ: Mapping[str, str]) -> _Variables | None:
 
 def _place(environ: Mapping[str, str], variables: _Variables) -> tuple[int, int]:
     """Returns rank and world size, which must both be there."""
-    rank, world_size = _number(environ, variables.rank), _number(environ, variables.world_size)
+    names = (variables.rank, variables.world_size)
+    rank, world_size = (_number(environ, name) for name in names)
     if rank is None or world_size is None:
-        there, missing = variables.rank, variables.world_size
-        if rank is None:
-            there, missing = missing, there
+        values = {name: environ[name].strip() for name in names if name in environ}
+        got = [f"{name}={values[name]!r}" if values.get(name) else f"an empty {name}" for name in values]
+        got += [f"no {name}" for name in names if name not in values]
         raise LaunchError(
-            f"expected {variables.rank} and {variables.world_size}, both or neither; got "
-            f"{there}={environ.get(there, '')!r} without {missing}: set it, or start the ranks with a launcher, such "
-            f"as torchrun, or unset {there} to run one process"
+            f"expected {' and '.join(names)}, both or neither; got {' and '.join(got)}: set both, or start the ranks "
+            f"with a launcher, such as torchrun, or unset {' and '.join(values)} to run one process"
         )
     if rank >= world_size:
         raise LaunchError(

@@ -145,9 +145,12 @@ def test_the_variables_of_every_launcher_are_read(name):
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
-        ({"RANK": "0"}, "expected RANK and WORLD_SIZE, both or neither; got RANK='0' without WORLD_SIZE: set it, or"),
-        ({"WORLD_SIZE": "4"}, "got WORLD_SIZE='4' without RANK: "),
-        ({"OMPI_COMM_WORLD_SIZE": "4"}, "got OMPI_COMM_WORLD_SIZE='4' without OMPI_COMM_WORLD_RANK"),
+        ({"RANK": "0"}, "expected RANK and WORLD_SIZE, both or neither; got RANK='0' and no WORLD_SIZE: set both, or"),
+        ({"WORLD_SIZE": "4"}, "got WORLD_SIZE='4' and no RANK: set both, .* or unset WORLD_SIZE to run one process"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "got OMPI_COMM_WORLD_SIZE='4' and no OMPI_COMM_WORLD_RANK: "),
+        ({"RANK": ""}, "got an empty RANK and no WORLD_SIZE: .* or unset RANK to run one process"),
+        ({"RANK": "", "WORLD_SIZE": "4"}, "got an empty RANK and WORLD_SIZE='4': .* or unset RANK and WORLD_SIZE to"),
+        ({"RANK": "0", "WORLD_SIZE": " "}, "got RANK='0' and an empty WORLD_SIZE: "),
         (PLAIN | {"RANK": "2"}, "expected RANK below WORLD_SIZE; got 2 of 2: ranks count from 0"),
         (PLAIN | {"RANK": "one"}, "expected RANK to be a whole number; got 'one'"),
         (PLAIN | {"RANK": "-1"}, "expected RANK to be a whole number; got '-1'"),
