@@ -23,6 +23,16 @@ PYTHON="${PYTHON:-python}"
 MPIEXEC="${MPIEXEC:-mpiexec}"
 NP="${NP:-2}"
 HOSTS="${HOSTS:-}"
+numbers=(NP PPN OMP_NUM_THREADS)
+# What cannot be is refused before anything is started; the same lines in every file of this folder.
+refuse() {
+  echo "expected $1; got '$2': $3" >&2
+  exit 2
+}
+for name in "${numbers[@]}"; do
+  [[ ${!name:-1} =~ ^[1-9][0-9]*$ ]] || refuse "$name to be a whole number from 1" "${!name}" "set it to such a number"
+done
+command -v "$PYTHON" >/dev/null || refuse "PYTHON to be a command" "$PYTHON" "set it to your environment's python"
 commas="${HOSTS//[^,]/}"
 machines=$((${#commas} + 1))
 PPN="${PPN:-$(((NP + machines - 1) / machines))}"

@@ -28,6 +28,18 @@ MASTER_PORT="${MASTER_PORT:-29400}"
 PYTHON="${PYTHON:-python}"
 gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU' || true)
 NPROC="${NPROC:-$((gpus > 0 ? gpus : 2))}"
+numbers=(NODES NPROC MASTER_PORT OMP_NUM_THREADS)
+# What cannot be is refused before anything is started; the same lines in every file of this folder.
+refuse() {
+  echo "expected $1; got '$2': $3" >&2
+  exit 2
+}
+for name in "${numbers[@]}"; do
+  [[ ${!name:-1} =~ ^[1-9][0-9]*$ ]] || refuse "$name to be a whole number from 1" "${!name}" "set it to such a number"
+done
+command -v "$PYTHON" >/dev/null || refuse "PYTHON to be a command" "$PYTHON" "set it to your environment's python"
+[[ $NODE_RANK =~ ^(0|[1-9][0-9]*)$ && $NODE_RANK -lt $NODES ]] ||
+  refuse "NODE_RANK to be a whole number below NODES=$NODES" "$NODE_RANK" "number the machines from 0"
 # The physical cores that this shell may use, one CPU of each.
 read -ra cores <<<"$("$PYTHON" -c '
 import os

@@ -100,7 +100,8 @@ def read_environment(environ: Mapping[str, str] | None = None) -> Launch | None:
 
     Launchers nest, and the variables of the outer ones stay visible. So the innermost is looked for first:
 
-    1. torchrun, by TORCHELASTIC_RUN_ID: it runs inside srun, mpirun or a Kubernetes job, never around them.
+    1. torchrun, by TORCHELASTIC_RUN_ID: it runs inside srun, mpirun or a Kubernetes job, never around them. Inside of
+       mpirun with several ranks it must have several nodes, too.
     2. Open MPI, by OMPI_COMM_WORLD_*; MVAPICH2, by MV2_COMM_WORLD_*; MPICH and Intel MPI, by PMI_RANK. Within a Slurm
        allocation their ranks carry SLURM_PROCID of the daemons that started them. PMI_RANK without MPI_LOCALRANKID
        within a Slurm step is srun --mpi=pmi2.
@@ -128,6 +129,8 @@ def read_environment(environ: Mapping[str, str] | None = None) -> Launch | None:
     variables = _innermost(environ)
     if variables is None:
         return None
+    if variables is _TORCHRUN:
+        _check_one_torchrun(environ)
     if variables is _SLURM and not environ.get(variables.world_size):
         variables = variables._replace(world_size="SLURM_NTASKS")
     rank, world_size = _place(environ, variables)
@@ -158,9 +161,12 @@ def read_environment(environ: Mapping[str, str] | None = None) -> Launch | None:
 
 def _innermost(environ: Mapping[str, str]) -> _Variables | None:
     """Returns the variables of the launcher that started this process itself. See read_environment for the rule."""
+    return _TORCHRUN if "TORCHELASTIC_RUN_ID" in environ else _around_torchrun(environ)
+
+
+def _around_torchrun(environ: Mapping[str, str]) -> _Variables | None:
+    """Returns the variables of the innermost launcher other than torchrun."""
     slurm_task = "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ
-    if "TORCHELASTIC_RUN_ID" in environ:
-        return _TORCHRUN
     for variables in (_OPENMPI, _MVAPICH2):
         if variables.rank in environ or variables.world_size in environ:
             return variables
@@ -171,17 +177,35 @@ def _innermost(environ: Mapping[str, str]) -> _Variables | None:
     return _ENVIRONMENT if "RANK" in environ or "WORLD_SIZE" in environ else None
 
 
+def _check_one_torchrun(environ: Mapping[str, str]) -> None:
+    """Refuses a torchrun of one node in one of several ranks of MPI: where each starts its own, there is no one world.
+
+    Tasks of srun may be jobs of their own. Where torchrun's nodes are several, mpirun has started one on each.
+    """
+    around = _around_torchrun(environ)
+    if around is None or around.launcher not in MPI_LAUNCHERS or _number(environ, "GROUP_WORLD_SIZE") != 1:
+        return
+    ranks = _number(environ, around.world_size) or 1
+    if ranks > 1:
+        raise LaunchError(
+            f"expected one world; got a torchrun of one node (GROUP_WORLD_SIZE=1) in one of {ranks} ranks of MPI "
+            f"({around.world_size}), with a world of its own: start the script with mpirun alone, or with torchrun "
+            "alone, or give each node's torchrun --nnodes and the address of the first; where many worlds are meant, "
+            f"start each torchrun without {around.rank} and {around.world_size} (env -u)"
+        )
+
+
 def _place(environ: Mapping[str, str], variables: _Variables) -> tuple[int, int]:
     """Returns rank and world size, which must both be there."""
-    rank, world_size = _number(environ, variables.rank), _number(environ, variables.world_size)
+    names = (variables.rank, variables.world_size)
+    rank, world_size = (_number(environ, name) for name in names)
     if rank is None or world_size is None:
-        there, missing = variables.rank, variables.world_size
-        if rank is None:
-            there, missing = missing, there
+        values = {name: environ[name].strip() for name in names if name in environ}
+        got = [f"{name}={values[name]!r}" if values.get(name) else f"an empty {name}" for name in values]
+        got += [f"no {name}" for name in names if name not in values]
         raise LaunchError(
-            f"expected {variables.rank} and {variables.world_size}, both or neither; got "
-            f"{there}={environ.get(there, '')!r} without {missing}: set it, or start the ranks with a launcher, such "
-            f"as torchrun, or unset {there} to run one process"
+            f"expected {' and '.join(names)}, both or neither; got {' and '.join(got)}: set both, or start the ranks "
+            f"with a launcher, such as torchrun, or unset {' and '.join(values)} to run one process"
         )
     if rank >= world_size:
         raise LaunchError(

@@ -20,7 +20,8 @@ pytestmark = pytest.mark.skipif(BASH is None, reason="no bash on this machine")
 
 def run(path, *arguments, **environment):
     """Runs a script with this Python, and none of the variables that it, or a launcher around the tests, sets."""
-    names = r"OMP_NUM_THREADS|NP|NPROC|HOSTS|BIND|MALLOC_.*|RANK|WORLD_SIZE|MASTER_.*|SLURM_.*|OMPI_COMM_.*|PMI.*"
+    own = r"OMP_NUM_THREADS|NP|NPROC|PPN|NODES|HOSTS|BIND|MALLOC_.*"
+    names = own + r"|NODE_RANK|RANK|WORLD_SIZE|MASTER_.*|SLURM_.*|OMPI_COMM_.*|PMI.*"
     inherited = {name: value for name, value in os.environ.items() if not re.fullmatch(names, name)}
     return subprocess.run(
         [BASH, str(path), *arguments],
@@ -165,6 +166,48 @@ def test_a_missing_variable_is_named(missing):
     result = run(FOLDER / "torchrun_nodes.sh", "train.py", **given)
     assert result.returncode
     assert f"{missing}: expected {missing}, the" in result.stderr
+
+
+def refusals(path):
+    """The lines of a script that refuse what cannot be."""
+    return path.read_text().partition("# What cannot be is refused")[2].partition('command -v "$PYTHON"')[0]
+
+
+def test_all_files_refuse_by_the_same_lines():
+    assert len({refusals(path) for path in SCRIPTS}) == 1
+    assert refusals(SCRIPTS[0])
+
+
+JOB = {"SLURM_JOB_ID": "7", "NODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "node0"}  # what some must be given
+NUMBERS = {
+    "mpirun_openmpi.sh": ("NP",),
+    "mpirun_mpich.sh": ("NP", "PPN"),
+    "torchrun_one_node.sh": ("NPROC",),
+    "torchrun_nodes.sh": ("NPROC", "NODES", "MASTER_PORT"),
+    "slurm_torchrun.sbatch": ("NPROC", "MASTER_PORT"),
+    "slurm_srun.sbatch": (),
+    "slurm_mpirun.sbatch": (),
+}
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
+def test_what_cannot_be_is_refused_before_anything_is_started(path, tmp_path):
+    cases = [
+        (name, value, f"{name} to be a whole number from 1", "set it to such a number")
+        for name in (*NUMBERS[path.name], "OMP_NUM_THREADS")
+        for value in ("0", "abc", "-1", "08", "2 3")
+    ]
+    missing = str(tmp_path / "missing")
+    cases.append(("PYTHON", missing, "PYTHON to be a command", "set it to your environment's python"))
+    if path.name == "torchrun_nodes.sh":
+        below = "NODE_RANK to be a whole number below NODES=2", "number the machines from 0"
+        cases += [("NODE_RANK", value, *below) for value in ("2", "x", "-1", "01")]
+    if path.name == "mpirun_openmpi.sh":
+        cases.append(("HOSTS", "node0:x,node1:2", "HOSTS to be name:ranks,...", "set whole numbers from 1"))
+    for name, value, expected, remedy in cases:
+        result = run(path, "train.py", **(JOB | {name: value}))
+        assert (result.returncode, result.stdout) == (2, ""), (name, value)
+        assert result.stderr == f"expected {expected}; got '{value}': {remedy}\n"
 
 
 @pytest.mark.parametrize("path", [path for path in SCRIPTS if path.suffix == ".sbatch"], ids=name_of)

@@ -146,5 +146,6 @@ from mpi4py import MPI
 print("started:", MPI.Is_initialized(), "rc:", mpi4py.rc.initialize)
 """
     )
-    assert re.search(r"mpi +available: .*, not initialised; mpi4py will ask for thread level 'multiple'", output)
+    will = "mpi4py will ask for thread level 'multiple'; whether it is GPU-aware shows under mpirun"
+    assert re.search(f"mpi +available: .*, not initialised; {will}", output)
     assert "started: False rc: True" in output

@@ -32,6 +32,7 @@ TORCHRUN = {
     "MASTER_ADDR": "node0",
     "MASTER_PORT": "29400",
 }
+ONE_NODE = {"GROUP_WORLD_SIZE": "1"}
 OPENMPI = {
     "OMPI_COMM_WORLD_RANK": "3",
     "OMPI_COMM_WORLD_SIZE": "4",
@@ -63,6 +64,18 @@ ENVIRONMENTS = {
         ("torchrun", 5, 8, 1, 4, "node0", 29400, "job7.1"),
     ),
     "torchrun in mpirun": (OPENMPI | TORCHRUN, ("torchrun", 5, 8, 1, 4, "node0", 29400, "job7.1")),
+    "torchrun on each node, in mpirun": (
+        OPENMPI | {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"} | TORCHRUN | {"GROUP_WORLD_SIZE": "2"},
+        ("torchrun", 5, 8, 1, 4, "node0", 29400, "job7.1"),
+    ),
+    "torchrun in mpirun of one rank": (
+        OPENMPI | {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"} | TORCHRUN | ONE_NODE,
+        ("torchrun", 5, 8, 1, 4, "node0", 29400, "job7.1"),
+    ),
+    "torchrun in each task of srun --mpi=pmi2, which may be jobs of their own": (
+        SLURM_STEP | {"PMI_RANK": "3", "PMI_SIZE": "4", "PMI_FD": "9"} | TORCHRUN | ONE_NODE,
+        ("torchrun", 5, 8, 1, 4, "node0", 29400, "job7.1"),
+    ),
     "torchrun in a PyTorchJob's pod": (PLAIN | TORCHRUN, ("torchrun", 5, 8, 1, 4, "node0", 29400, "job7.1")),
     "Open MPI, one node": (
         OPENMPI | {"OMPI_COMM_WORLD_LOCAL_RANK": "3", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"},
@@ -145,9 +158,16 @@ def test_the_variables_of_every_launcher_are_read(name):
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
-        ({"RANK": "0"}, "expected RANK and WORLD_SIZE, both or neither; got RANK='0' without WORLD_SIZE: set it, or"),
-        ({"WORLD_SIZE": "4"}, "got WORLD_SIZE='4' without RANK: "),
-        ({"OMPI_COMM_WORLD_SIZE": "4"}, "got OMPI_COMM_WORLD_SIZE='4' without OMPI_COMM_WORLD_RANK"),
+        ({"RANK": "0"}, "expected RANK and WORLD_SIZE, both or neither; got RANK='0' and no WORLD_SIZE: set both, or"),
+        ({"WORLD_SIZE": "4"}, "got WORLD_SIZE='4' and no RANK: set both, .* or unset WORLD_SIZE to run one process"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "got OMPI_COMM_WORLD_SIZE='4' and no OMPI_COMM_WORLD_RANK: "),
+        ({"RANK": ""}, "got an empty RANK and no WORLD_SIZE: .* or unset RANK to run one process"),
+        ({"RANK": "", "WORLD_SIZE": "4"}, "got an empty RANK and WORLD_SIZE='4': .* or unset RANK and WORLD_SIZE to"),
+        ({"RANK": "0", "WORLD_SIZE": " "}, "got RANK='0' and an empty WORLD_SIZE: "),
+        (OPENMPI | TORCHRUN | ONE_NODE, r"torchrun of one node \(GROUP_.*\) in one of 4 ranks of MPI \(OMPI_COMM"),
+        (MPICH | TORCHRUN | ONE_NODE, "expected one world; got .* in one of 3 .*without PMI_RANK and PMI_SIZE"),
+        (MVAPICH2 | TORCHRUN | ONE_NODE, "in one of 2 ranks of MPI .*: start the script with mpirun alone, or with"),
+        (SLURM_BATCH | OPENMPI | TORCHRUN | ONE_NODE, "in one of 4 ranks of MPI"),
         (PLAIN | {"RANK": "2"}, "expected RANK below WORLD_SIZE; got 2 of 2: ranks count from 0"),
         (PLAIN | {"RANK": "one"}, "expected RANK to be a whole number; got 'one'"),
         (PLAIN | {"RANK": "-1"}, "expected RANK to be a whole number; got '-1'"),

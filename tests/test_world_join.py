@@ -81,6 +81,12 @@ def test_a_process_started_alone_is_a_world_of_one(monkeypatch):
     assert repr(world).startswith("World(rank=0, world_size=1")
 
 
+def test_each_kind_of_device_may_have_its_backend():
+    with syncbn.init_process_group("cpu:gloo", device="cpu") as world:
+        assert world.backend == "cpu:gloo"
+        dist.all_reduce(torch.ones(1))
+
+
 def test_a_group_of_ones_own_is_left_alone_by_close(tmp_path):
     with syncbn.init_process_group("gloo", device="cpu") as world:
         dist.destroy_process_group()
@@ -242,6 +248,11 @@ def test_what_cannot_be_had_is_refused():
     with pytest.raises(LaunchError, match=r"a backend that this process has, one of .*gloo.*; got 'glue'") as info:
         syncbn.init_process_group("glue")
     assert not {"undefined", "fake"} & set(re.findall(r"\w+", str(info.value))), "torch's own, which are of no use"
+    for pairs in ("cpu:foo", "cpu:gloo,cuda:foo", "cpu:", "cpu:gloo,"):
+        with pytest.raises(
+            LaunchError, match=rf"a backend that this process has, one of .*gloo.*; got '{pairs}': leave"
+        ):
+            syncbn.init_process_group(pairs)
     with pytest.raises(ValueError, match="expected device to be None, 'cpu' or 'cuda'; got 'cuda:1'"):
         syncbn.init_process_group(device="cuda:1")
     with pytest.raises(TypeError, match=r"expected timeout to be None or a datetime.timedelta; got 20: timedelta"):

@@ -89,7 +89,7 @@ def _mpi(launch: Launch | None) -> str:
     try:
         from mpi4py import MPI
 
-        from ..comm.mpi import library, thread_level
+        from ..comm.mpi import gpu_aware, library, thread_level
     except (ImportError, RuntimeError) as error:
         return f"not available: mpi4py cannot load an MPI library: {' '.join(str(error).split())}"
     finally:
@@ -97,9 +97,12 @@ def _mpi(launch: Launch | None) -> str:
     state = f"not initialised; mpi4py will ask for thread level {mpi4py.rc.thread_level!r}"
     if MPI.Is_initialized() and not MPI.Is_finalized():
         size = MPI.COMM_WORLD.Get_size()
-        state = f"{thread_level()}, MPI.COMM_WORLD of {size}"
+        gpus = f"GPU-aware ({' and '.join(gpu_aware())})" if gpu_aware() else "not known to be GPU-aware"
+        state = f"{gpus}, {thread_level()}, MPI.COMM_WORLD of {size}"
         if launch is not None and launch.world_size > size:
             state += f" where the launcher started {launch.world_size}: use the mpirun that came with this library"
+    else:
+        state += "; whether it is GPU-aware shows under mpirun"
     return f"available: any intracommunicator of mpi4py; {library()}, {state}"
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import os
 from typing import Any
 
 from mpi4py import MPI
@@ -17,6 +20,14 @@ _LEVELS = {
     MPI.THREAD_SERIALIZED: "MPI_THREAD_SERIALIZED",
     MPI.THREAD_MULTIPLE: "MPI_THREAD_MULTIPLE",
 }
+# By kind of GPU: what libraries call the function that says whether they take its memory; and from which version on
+# it answers for this process. Earlier ones, and MVAPICH2, answer for the build, which may have it turned off, as
+# conda-forge's Open MPI 4 has; MPICH 3.4 fails an assertion of its own.
+_QUERIES = {
+    "cuda": ("MPIX_Query_cuda_support",),
+    "rocm": ("MPIX_Query_rocm_support", "MPIX_Query_hip_support"),
+}
+_ANSWERING = {"Open MPI": (5,), "MPICH": (4,)}
 
 
 class MPICommunicator:
@@ -38,13 +49,15 @@ class MPICommunicator:
     def all_reduce(self, buffer: Any) -> None:
         """Sums buffer, a tensor or an ndarray, over the ranks, in place in its own memory. See Communicator.
 
-        A tensor of an accelerator goes through pinned memory of the host, whatever the MPI library can do: libraries
-        that take device memory copy it to the host to sum it, as is best for messages this small.
+        So is a CUDA or ROCm tensor where the library says that it is GPU-aware (see gpu_aware): after the kernels that
+        are queued on the current stream, and before those that are queued later. Else it goes through pinned memory of
+        the host, at little cost: GPU-aware libraries themselves copy sums this small there. Neither way has been run on
+        a GPU.
 
         Raises:
             TypeError: buffer is not of float64; MPI has no bfloat16, and mpi4py would sum it wrongly.
-            RuntimeError: MPI failed, or would be called from a thread that it does not support. Backward of accelerator
-                tensors runs in threads of autograd's.
+            RuntimeError: MPI failed, the communicator has been freed, or MPI would be called from a thread that it does
+                not support. Backward of accelerator tensors runs in threads of autograd's.
         """
         if self._main_thread_only and not MPI.Is_thread_main():
             raise self._thread_error()
@@ -58,24 +71,40 @@ class MPICommunicator:
         else:
             message = None
         if message is None:
-            self._sum_copy(buffer)
-            return
+            self._sum_elsewhere(buffer)
+        else:
+            self._sum(message, buffer)
+
+    def _sum(self, message: Any, buffer: Any) -> None:
         try:
             self.comm.Allreduce(_IN_PLACE, message)
         except MPI.Exception as error:
+            if self.comm == MPI.COMM_NULL:
+                raise RuntimeError(
+                    f"{self._prefix()}expected an MPI communicator to sum over; got one that was freed: free it, or "
+                    "destroy its process group, after the last use of the layers that have it"
+                ) from error
             raise RuntimeError(
                 f"{self._prefix()}expected MPI_Allreduce of {buffer.nbytes // 8} float64 to succeed; got {error}: see "
                 "that all ranks run the same layers in the same order, and start them with `mpirun ... python -m "
                 "mpi4py ...`, so that an error on one ends all"
             ) from error
 
-    def _sum_copy(self, buffer: Any) -> None:
-        """Sums a buffer whose memory MPI does not take."""
+    def _sum_elsewhere(self, buffer: Any) -> None:
+        """Sums a buffer that is not contiguous memory of the host."""
         if getattr(buffer, "is_cpu", True):
             dense = buffer.copy() if hasattr(buffer, "copy") else buffer.contiguous()
             self.all_reduce(dense)
             buffer[...] = dense
             return
+        if buffer.is_cuda and buffer.is_contiguous():
+            import torch  # the buffer's library
+
+            if ("rocm" if torch.version.hip else "cuda") in gpu_aware():
+                with torch.cuda.device(buffer.device):  # MPI may look at which one is current
+                    torch.cuda.current_stream().synchronize()  # MPI waits for no kernels; kernels to come wait for MPI
+                    self._sum([_memory(buffer.data_ptr(), buffer.nbytes), _DOUBLE], buffer)
+                return
         host = buffer.new_empty(buffer.shape, device="cpu", pin_memory=buffer.is_cuda)
         host.copy_(buffer)  # waits for the kernels that fill buffer
         self.all_reduce(host)
@@ -105,8 +134,9 @@ def communicator_of(group: Any) -> MPICommunicator | LocalCommunicator | None:
         return None
     if group == MPI.COMM_NULL:
         raise ValueError(
-            "expected an MPI communicator that this process is in; got MPI.COMM_NULL: give every rank the communicator "
-            "that it belongs to"
+            "expected an MPI communicator that this process is in; got MPI.COMM_NULL, which a communicator is once it "
+            "was freed, and what ranks get that Split or Create leave out: give every rank the communicator that it "
+            "belongs to, and free it after its last use"
         )
     if MPI.Is_finalized() or not MPI.Is_initialized():  # where asking for a size would end the process
         state = "after MPI.Finalize()" if MPI.Is_finalized() else "before MPI.Init()"
@@ -136,6 +166,31 @@ def check_world(launch: Launch | None) -> None:
             f"launcher set in {launch.source}; got rank {rank} of {size}: the launcher and {library()}, which mpi4py "
             f"has loaded, do not belong together; {how}"
         )
+
+
+@functools.cache
+def gpu_aware() -> tuple[str, ...]:
+    """Returns those of "cuda" and "rocm" whose memory the MPI library says that it takes as it does the host's.
+
+    A library says so by MPI 4.1's memory allocation kinds; Open MPI from version 5 and MPICH from version 4 by a
+    function; Cray MPICH by MPICH_GPU_SUPPORT_ENABLED=1, with which it does not start unless it is able to. All others
+    count as not GPU-aware, which costs a copy; the opposite mistake ends the process.
+
+    MPI must be initialised. A rank may call alone.
+    """
+    info = MPI.COMM_WORLD.Get_info()
+    kinds = (kind.split(":") for kind in (info.get("mpi_memory_alloc_kinds") or "").split(","))
+    said = {name for name, *only in kinds if not only or "device" in only}
+    info.Free()
+    vendor, version = MPI.get_vendor()
+    if vendor in _ANSWERING and version >= _ANSWERING[vendor]:
+        loaded = ctypes.CDLL(MPI.__file__)  # mpi4py's module, and so what it is linked with
+        for gpu, names in _QUERIES.items():
+            queries = (getattr(loaded, name, None) for name in names)
+            said |= {gpu for query in queries if query and query()}
+    if "CRAY MPICH" in MPI.Get_library_version() and os.environ.get("MPICH_GPU_SUPPORT_ENABLED") == "1":
+        said |= _QUERIES.keys()
+    return tuple(gpu for gpu in _QUERIES if gpu in said)
 
 
 def library() -> str:

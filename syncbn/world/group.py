@@ -109,8 +109,8 @@ def init_process_group(
     where they are not; those that are given stay as they are.
 
     Args:
-        backend: of torch.distributed. If None: "nccl" for ranks on GPUs; else "mpi4py", syncbn's own, where MPI
-            started the ranks and mpi4py is installed; else "gloo".
+        backend: of torch.distributed, as "gloo" or "cpu:gloo,cuda:nccl". If None: "nccl" for ranks on GPUs; else
+            "mpi4py", syncbn's own, where MPI started the ranks and mpi4py is installed; else "gloo".
         device: "cuda" or "cpu"; if None, "cuda" where torch sees a GPU.
         timeout: a datetime.timedelta, within which all ranks must join, and then every message must end. If None,
             5 minutes, and the backend's own.
@@ -189,7 +189,9 @@ def _checked(backend: str, kind: str) -> str:
     if backend == "nccl" and kind != "cuda":
         raise LaunchError("expected a GPU for backend='nccl'; got none: leave backend out, or ask for 'gloo'")
     missing = _missing_mpi_backend() if "mpi4py" in backend else ""
-    if ":" not in backend and (missing or not dist.is_backend_available(backend)):
+    # One for each kind of device, as "cpu:gloo,cuda:nccl", or one for all.
+    asked = [part.rpartition(":")[2] for part in backend.split(",")] if ":" in backend else [backend]
+    if not all(map(dist.is_backend_available, asked)):
         of_no_use = ("undefined", "fake")  # torch's own, for its tests
         names = [n for n in dist.Backend.backend_list if n not in of_no_use and dist.is_backend_available(n)]
         raise LaunchError(

@@ -1,6 +1,5 @@
 """syncbn's communicator over MPI: what it sums, and what it refuses. Run by mpirun, on any number of ranks from 2."""
 
-import re
 import threading
 
 import numpy as np
@@ -151,15 +150,16 @@ def _freed(rank, world):
     layer = syncbn.SyncBatchNorm(2, process_group=group)
     layer(torch.randn(3, 2))
     group.Free()
-    with pytest.raises(ValueError, match=r"got MPI\.COMM_NULL"):
+    with pytest.raises(ValueError, match=r"got MPI\.COMM_NULL, which a communicator is once it was freed, and "):
         as_communicator(group)
     layer(torch.randn(3, 2))
 
 
 def test_a_layer_whose_communicator_was_freed_raises():
-    for error in rank_errors(_freed, SIZE, "mpi"):
+    for rank, error in enumerate(rank_errors(_freed, SIZE, "mpi")):
         assert isinstance(error, RuntimeError)
-        assert re.search(r"expected MPI_Allreduce of 5 float64 to succeed; got .*(ERR_COMM|communicator)", str(error))
+        assert f"[rank {rank}/{SIZE}] expected an MPI communicator to sum over; got one that was freed: " in str(error)
+        assert "order" not in str(error), "which is not to blame"
 
 
 def test_a_world_of_one_sends_nothing():

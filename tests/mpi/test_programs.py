@@ -26,7 +26,8 @@ def test_info_names_the_library_and_the_thread_level(capsys):
         assert output == ""
     else:
         assert f"{MPI.get_vendor()[0]} " in output
-        assert f"MPI_THREAD_MULTIPLE, MPI.COMM_WORLD of {SIZE}\n" in output
+        gpu_aware = "" if torch.cuda.is_available() else "not known to be GPU-aware"
+        assert f"{gpu_aware}, MPI_THREAD_MULTIPLE, MPI.COMM_WORLD of {SIZE}\n" in output
         assert f"rank 0 of {SIZE}, by the launcher's " in output
         assert "mpi with process_group=mpi4py.MPI.COMM_WORLD" in output
 
