@@ -13,6 +13,7 @@ from syncbn.kernels import Tail, aten, cpu, reference, select
 
 SHAPES = [(5, 3, 7), (1, 1, 1), (4, 1, 9), (9, 6, 1), (1, 300, 2), (0, 4, 3), (3, 4, 0), (2, 2, 49)]
 SHAPES += [(9, 2, 601), (5, 48, 1)]  # of which results may go past the caches
+SHAPES += [(150, 3, 1), (70, 12, 1)]  # narrow rows, which are taken together, with some left over
 NAMES = ["stats", "combine", "elemt", "backward_reduce", "backward_elemt"]
 # Element-wise results in float32 from six operations; sums in float64 of at most 500 terms of order 1.
 ELEMENT = {"rtol": 8 * 2.0**-24, "atol": 8 * 2.0**-24}

@@ -270,15 +270,14 @@ template <class F> void with_activation(Tail tail, const F& f) {
   }
 }
 
-void stats(int dtype, const void* x, Shape shape, const double* center, double* moments) {
+void stats(int dtype, const void* x, Shape shape, const double* center, double* sums) {
   with_type(dtype, [&](auto t) {
     using T = decltype(t);
     if constexpr (!std::is_same_v<T, double>) {
-      if (!center) return reduce(RawMoments<T>{(const T*)x}, row_of(shape), moments);
+      if (!center) return reduce(RawMoments<T>{(const T*)x}, row_of(shape), sums);
     }
-    reduce(Moments<T>{(const T*)x, center}, row_of(shape), moments);
+    reduce(Moments<T>{(const T*)x, center}, row_of(shape), sums);
   });
-  moments[2 * shape.c] = double(shape.n) * double(shape.s);
 }
 
 void elemt(int dtype, const void* x, const void* residual, void* y, Shape shape, const Channels& k, Tail tail) {

@@ -29,7 +29,7 @@ struct GradientChannels {
 
 // Arrays are contiguous, of that shape.
 struct Kernels {
-  void (*stats)(int dtype, const void* x, Shape shape, const double* center, double* moments);
+  void (*stats)(int dtype, const void* x, Shape shape, const double* center, double* sums);
   void (*elemt)(int dtype, const void* x, const void* residual, void* y, Shape shape, const Channels& channels, Tail tail);
   void (*backward_reduce)(int dtype, const void* dy, const void* x, const void* gate, void* g, Shape shape,
                           const Channels& channels, Tail tail, double* sums);

@@ -25,11 +25,11 @@ template <class V, class T> inline long to_boundary(const T* p) {
 }
 
 // What is fetched with element i of [begin, end): element i + before below `turn`, i + after from there on. It is what
-// comes kAhead later, the part below being next.
+// comes `ahead` later, the part below being next.
 struct Fetch {
   long turn, before, after;
-  Fetch(long begin, long end)
-      : turn(std::max(begin, end - kAhead)), before(kAhead), after(kAhead - 2 * std::max(end - begin, kAhead)) {}
+  Fetch(long begin, long end, long ahead)
+      : turn(std::max(begin, end - ahead)), before(ahead), after(ahead ? ahead - 2 * std::max(end - begin, ahead) : 0) {}
 };
 
 // Elements [s0, s1) of channels [c0, c1) of one sample.
@@ -37,7 +37,8 @@ template <class V, class S, class Op> inline void map_rows(const Op& given, Shap
   const Op op = given;  // its own, which no store can be taken to change: it stays in registers
   constexpr int lanes = simd::Lanes<V>::value;
   const long row = sample * x.c * x.s;
-  const Fetch fetch(row + part.c0 * x.s + part.s0, row + (part.c1 - 1) * x.s + part.s1);
+  const Fetch fetch(row + part.c0 * x.s + part.s0, row + (part.c1 - 1) * x.s + part.s1,
+                    ahead_in(x.size(), kAhead));
   for (long c = part.c0; c < part.c1; ++c) {
     const auto v = op.template channel<V>(c);
     const auto u = op.template channel<S>(c);
@@ -77,12 +78,12 @@ template <class V, class S, int kCount, class Op> SYNCBN_INLINE void map_columns
 }
 
 // Rows [first, last) of c channels each, where s == 1.
-template <class V, class S, class Op> inline void map_columns(const Op& given, long c, long first, long last) {
+template <class V, class S, class Op> inline void map_columns(const Op& given, Shape x, long first, long last) {
   const Op op = given;
-  const long together = std::max(kTogether / c, long(kPair));
+  const long c = x.c, together = std::max(kTogether / c, long(kPair));
   for (; last > first; last -= together) {
     const long begin = std::max(first, last - together) * c, end = last * c;
-    const Fetch fetch(begin, end);
+    const Fetch fetch(begin, end, ahead_in(x.size(), kAhead));
     const auto ahead = [&](long row) { return row < fetch.turn ? fetch.before : fetch.after; };
     long row = begin;
     for (; row + kPair * c <= end; row += kPair * c) map_columns<V, S, kPair>(op, c, row, ahead(row));
@@ -109,7 +110,7 @@ template <class V, class S, class Op> void map(const Op& given, Shape x, long by
         for (long r = part.samples; r-- > 0;) map_rows<V, S>(fixed, x, part, part.sample + r);
       });
     } else {
-      map_columns<V, S>(fixed, x.c, first, last);
+      map_columns<V, S>(fixed, x, first, last);
     }
     if (streaming) simd::end_of_stream();
   });

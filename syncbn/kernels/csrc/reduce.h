@@ -73,13 +73,14 @@ SYNCBN_INLINE void add(const Factors<simd::Doubles>& v, Double* a, Double* b) {
 constexpr long kBlock = 64;  // steps, or rows, of plain addition
 constexpr int kWays = 4;     // sums side by side, so that none waits for the one before
 
-// Adds the sums of op over elements [begin, end) of a row of one channel, and of the rows - 1 that follow `stride` later.
-template <class Op>
-inline void reduce_rows(const Op& given, long c, long begin, long end, long rows, long stride, Totals& totals) {
+// Adds the sums of op over a part of one channel.
+template <class Op> inline void reduce_rows(const Op& given, Shape x, const Part& part, Totals& totals) {
   const Op op = given;  // its own, which no store can be taken to change: it stays in registers
   using Wide = typename Op::Sums;
   constexpr int lanes = simd::Lanes<Wide>::value, step = lanes / kDoubles;
   constexpr long width = kWays * kDoubles;
+  const long c = part.c0, stride = x.c * x.s, ahead = ahead_in(x.size(), kAhead);
+  long begin = (part.sample * x.c + c) * x.s + part.s0;
   const auto v = op.template channel<Wide>(c);
   const auto half = op.template channel<Double>(c);
   const auto u = op.template channel<double>(c);
@@ -87,12 +88,13 @@ inline void reduce_rows(const Op& given, long c, long begin, long end, long rows
   Double a[kWays]{}, b[kWays]{};
   double a_tail = 0, b_tail = 0;
   long steps = 0;  // of plain addition so far
-  for (long r = 0; r < rows; ++r, begin += stride, end += stride) {
+  for (long r = 0; r < part.samples; ++r, begin += stride) {
     long i = begin;
+    const long end = begin + (part.s1 - part.s0);
     while (i + width <= end) {
       const long count = std::min((end - i) / width, kBlock - steps);
       for (const long stop = i + count * width; i < stop; i += width) {
-        op.template prefetch<width>(i + kAhead);
+        op.template prefetch<width>(i + ahead);
 #pragma GCC unroll 4
         for (int w = 0; w < kWays; w += step) add(op.at(i + w * kDoubles, v), a + w, b + w);
       }
@@ -120,10 +122,10 @@ constexpr long kGroup = 1024;
 // Adds the sums of op over `rows` rows of c channels, from element `first` on, to a and b: of channels start + j onwards
 // as long as they fill kCount D; returns the first channel that is left.
 template <class D, int kCount, class Op>
-SYNCBN_INLINE long add_rows(const Op& op, long c, long first, long rows, long start, long j, long width, double* a,
+SYNCBN_INLINE long add_rows(const Op& op, Shape x, long first, long rows, long start, long j, long width, double* a,
                             double* b) {
   constexpr int lanes = simd::Lanes<D>::value;
-  const bool whole = c <= kStrip;
+  const long c = x.c, far = ahead_in(x.size(), kFarAhead);
   using Lane = std::conditional_t<lanes == 1, double, Double>;
   constexpr int parts = sizeof(D) / sizeof(Lane), part = lanes / parts;
   for (; j + kCount * lanes <= width; j += kCount * lanes) {
@@ -132,7 +134,8 @@ SYNCBN_INLINE long add_rows(const Op& op, long c, long first, long rows, long st
     Lane sum_a[kCount * parts]{}, sum_b[kCount * parts]{};
     for (long r = 0, i = first + j; r < rows; ++r, i += c) {
       // What the next rows have in this place; where the strip is all of a row, in the order of memory.
-      op.template prefetch<kCount * lanes>(whole ? first + kFarAhead + rows * j + r * kCount * lanes : i + rows * c);
+      op.template prefetch<kCount * lanes>(c <= kStrip ? first + far + rows * j + r * kCount * lanes
+                                                       : i + (far ? rows * c : 0));
 #pragma GCC unroll 4
       for (int w = 0; w < kCount; ++w) add(op.at(i + w * lanes, k[w]), sum_a + w * parts, sum_b + w * parts);
     }
@@ -147,11 +150,11 @@ SYNCBN_INLINE long add_rows(const Op& op, long c, long first, long rows, long st
 }
 
 // Adds the sums of op over rows [begin, end) of c channels each.
-template <class Op> inline void reduce_columns(const Op& given, long c, long begin, long end, Totals& totals) {
+template <class Op> inline void reduce_columns(const Op& given, Shape x, long begin, long end, Totals& totals) {
   const Op op = given;
   using Wide = typename Op::Sums;
   constexpr int count = kWays * kDoubles / simd::Lanes<Wide>::value;
-  const long together = std::clamp(kGroup / c, 4L, kBlock);
+  const long c = x.c, together = std::clamp(kGroup / c, 4L, kBlock);
   for (; begin < end; begin += kBlock) {
     const long stop = std::min(end, begin + kBlock);
     for (long start = 0; start < c; start += kStrip) {
@@ -160,9 +163,9 @@ template <class Op> inline void reduce_columns(const Op& given, long c, long beg
       std::fill(a, a + width, 0.0), std::fill(b, b + width, 0.0);
       for (long r = begin; r < stop; r += together) {
         const long first = r * c + start, rows = std::min(together, stop - r);
-        long j = add_rows<Wide, count>(op, c, first, rows, start, 0, width, a, b);
-        j = add_rows<Double, 1>(op, c, first, rows, start, j, width, a, b);
-        add_rows<double, 1>(op, c, first, rows, start, j, width, a, b);
+        long j = add_rows<Wide, count>(op, x, first, rows, start, 0, width, a, b);
+        j = add_rows<Double, 1>(op, x, first, rows, start, j, width, a, b);
+        add_rows<double, 1>(op, x, first, rows, start, j, width, a, b);
       }
       long j = 0;
       for (; j + kDoubles <= width; j += kDoubles)
@@ -181,10 +184,9 @@ template <class Op> void reduce(const Op& op, Shape x, double* out) {
   std::vector<Totals> totals(shared ? 1 : threads, Totals(x.c));
   in_parallel(threads, rows ? (split ? x.c : x.s) : x.n, [&](int t, long first, long last) {
     Totals& sums = totals[shared ? 0 : t];
-    if (!rows) return reduce_columns(op, x.c, first, last, sums);
+    if (!rows) return reduce_columns(op, x, first, last, sums);
     for_parts<false>(x, split, first, last, 1, [&](const Part& part) {
-      const long row = (part.sample * x.c + part.c0) * x.s;
-      reduce_rows(op, part.c0, row + part.s0, row + part.s1, part.samples, x.c * x.s, sums);
+      reduce_rows(op, x, part, sums);
     });
   });
   for (size_t t = 1; t < totals.size(); ++t) totals[0].add(totals[t]);

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -60,6 +61,46 @@ void update(int dtype, void* running, const double* batch, long c, double moment
   }
 }
 
+// Rows of few channels, or of no whole number of vectors, are taken together: `together` of them are one row of as many
+// times the channels, whose constants recur. What rows are left over is a part of its own.
+struct Rows {
+  Shape all;
+  long together = 1;
+  explicit Rows(Shape x) : all(x) {
+    if (x.s != 1 || x.c == 1) return;
+    long k = 32 / std::gcd(x.c, 32L);
+    while (k * x.c < 64) k *= 2;
+    if (k * x.c <= 256 && x.n >= 4 * k) together = k;
+  }
+  // Calls f(shape, the number of its first element) for each part.
+  template <class F> void for_parts(const F& f) const {
+    const long wide = all.n / together, left = all.n % together;
+    if (wide || !left) f(Shape{wide, all.c * together, all.s}, 0L);
+    if (left) f(Shape{left, all.c, all.s}, wide * together * all.c);
+  }
+  // The same with f(shape, first element, [a | b]), where [a | b] per channel are added to sums, which are of all.c each.
+  template <class F> void sum_parts(double* sums, const F& f) const {
+    if (together == 1) return f(all, 0L, sums);
+    std::fill(sums, sums + 2 * all.c, 0.0);
+    for_parts([&](Shape part, long first) {
+      std::vector<double> of_part(2 * part.c);
+      f(part, first, of_part.data());
+      for (long i = 0; i < 2 * part.c; ++i) sums[i < part.c ? i % all.c : all.c + (i - part.c) % all.c] += of_part[i];
+    });
+  }
+  // The constants of a row of any part.
+  template <class T> std::vector<T> recurring(std::vector<T> v) const {
+    v.resize(all.c * together);
+    for (size_t i = all.c; i < v.size(); ++i) v[i] = v[i - all.c];
+    return v;
+  }
+};
+
+template <class P> P* element(int dtype, P* array, long i) {
+  const long bytes = i * (dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2);
+  return array ? (P*)((const char*)array + bytes) : array;
+}
+
 // What the loops need per channel, from statistics = [mean (c) | invstd (c) | count]; weight, bias and the results are of
 // the accumulate dtype A. With a weight_floor, weights closer to 0 count as that far from it: y then still tells x.
 template <class A> struct PerChannel {
@@ -74,6 +115,9 @@ template <class A> struct PerChannel {
       scale[k] = A(statistics[c + k] * kept);
     }
   }
+  void recur(const Rows& rows) {
+    for (auto* v : {&mean, &scale, &bias}) *v = rows.recurring(std::move(*v));
+  }
   Channels channels(const double* exact_mean) const { return {exact_mean, mean.data(), scale.data(), bias.data()}; }
 };
 
@@ -86,8 +130,13 @@ template <class A> std::vector<A> inverse(const std::vector<A>& v) {
 template <class A>
 void elemt(int dtype, const void* x, const void* residual, void* y, Shape shape, const double* statistics,
            const void* weight, const void* bias, Tail tail, double weight_floor) {
-  const PerChannel<A> k(statistics, shape.c, weight, bias, weight_floor);
-  kernels.elemt(dtype, x, residual, y, shape, k.channels(statistics), tail);
+  const Rows rows(shape);
+  PerChannel<A> k(statistics, shape.c, weight, bias, weight_floor);
+  k.recur(rows);
+  rows.for_parts([&](Shape part, long i) {
+    kernels.elemt(dtype, element(dtype, x, i), element(dtype, residual, i), element(dtype, y, i), part,
+                  k.channels(nullptr), tail);
+  });
 }
 
 template <class A>
@@ -95,16 +144,19 @@ void backward_reduce(int dtype, const void* dy, const void* x, const void* gate,
                      const double* statistics, const void* weight, const void* bias, void* grad_weight, void* grad_bias,
                      Tail tail, double weight_floor, double* sums) {
   const long c = shape.c;
+  const Rows rows(shape);
   PerChannel<A> k(statistics, c, weight, bias, weight_floor);
+  std::vector<double> mean(statistics, statistics + c);
   if (tail.in_place) {
     k.scale = inverse(k.scale);
     // What is recovered from y is x minus the rounded mean.
-    std::vector<double> excess(c);
-    for (long i = 0; i < c; ++i) excess[i] = double(k.mean[i]) - statistics[i];
-    kernels.backward_reduce(dtype, dy, x, gate, g, shape, k.channels(excess.data()), tail, sums);
-  } else {
-    kernels.backward_reduce(dtype, dy, x, gate, g, shape, k.channels(statistics), tail, sums);
+    for (long i = 0; i < c; ++i) mean[i] = double(k.mean[i]) - statistics[i];
   }
+  k.recur(rows), mean = rows.recurring(std::move(mean));
+  rows.sum_parts(sums, [&](Shape part, long i, double* of_part) {
+    kernels.backward_reduce(dtype, element(dtype, dy, i), element(dtype, x, i), element(dtype, gate, i),
+                            element(dtype, g, i), part, k.channels(mean.data()), tail, of_part);
+  });
   A *of_weight = static_cast<A*>(grad_weight), *of_bias = static_cast<A*>(grad_bias);
   for (long i = 0; of_weight && i < c; ++i) of_weight[i] = A(sums[c + i] * statistics[c + i]);
   for (long i = 0; of_bias && i < c; ++i) of_bias[i] = A(sums[i]);
@@ -113,6 +165,7 @@ void backward_reduce(int dtype, const void* dy, const void* x, const void* gate,
 template <class A>
 void backward_elemt(int dtype, const void* dy, const void* x, void* dx, Shape shape, const double* statistics,
                     const void* weight, const void* bias, const double* sums, Tail tail, double weight_floor) {
+  const Rows rows(shape);
   PerChannel<A> k(statistics, shape.c, weight, bias, weight_floor);
   const long c = shape.c;
   const double elements = std::max(statistics[2 * c], 1.0);
@@ -123,10 +176,15 @@ void backward_elemt(int dtype, const void* dy, const void* x, void* dx, Shape sh
     // What the rounding of the mean adds to x - mean goes, times slope, into the constant term.
     mean_dy[i] = A(sums[i] / elements - (statistics[i] - double(k.mean[i])) * exact);
   }
+  slope = rows.recurring(std::move(slope)), mean_dy = rows.recurring(std::move(mean_dy));
+  k.recur(rows);
   const std::vector<A> scale = k.scale;
   if (tail.in_place) k.scale = inverse(k.scale);
-  const GradientChannels channels{k.channels(statistics), slope.data(), mean_dy.data(), scale.data()};
-  kernels.backward_elemt(dtype, dy, x, dx, shape, channels, tail);
+  const GradientChannels channels{k.channels(nullptr), slope.data(), mean_dy.data(), scale.data()};
+  rows.for_parts([&](Shape part, long i) {
+    kernels.backward_elemt(dtype, element(dtype, dy, i), element(dtype, x, i), element(dtype, dx, i), part, channels,
+                           tail);
+  });
 }
 
 }  // namespace
@@ -152,7 +210,13 @@ SYNCBN_API void syncbn_prefer_huge_pages(void* address, size_t bytes) {
 }
 
 SYNCBN_API void syncbn_stats(int dtype, const void* x, long n, long c, long s, const double* center, double* moments) {
-  kernels.stats(dtype, x, {n, c, s}, center, moments);
+  const Rows rows({n, c, s});
+  std::vector<double> centers;
+  if (center) centers = rows.recurring(std::vector<double>(center, center + c));
+  rows.sum_parts(moments, [&](Shape part, long i, double* of_part) {
+    kernels.stats(dtype, element(dtype, x, i), part, center ? centers.data() : nullptr, of_part);
+  });
+  moments[2 * c] = double(n) * double(s);
 }
 
 // Turns the moments of all ranks into statistics, in place; returns the count.
