@@ -63,32 +63,31 @@ class MPICommunicator:
             raise self._thread_error()
         if buffer.dtype not in _float64:
             self._check_dtype(buffer.dtype)
-        if not hasattr(buffer, "data_ptr"):  # an ndarray
-            message = buffer if buffer.flags.c_contiguous else None
-        elif buffer.is_cpu and buffer.is_contiguous():
+        is_cpu = getattr(buffer, "is_cpu", None)  # None: an ndarray
+        if is_cpu and buffer.is_contiguous():
             # By address: a third of what tensor.numpy() costs, and a twentieth of DLPack.
             message = [_memory(buffer.data_ptr(), buffer.nbytes), _DOUBLE]
+        elif is_cpu is None and buffer.flags.c_contiguous:
+            message = buffer
         else:
-            message = None
-        if message is None:
             self._sum_elsewhere(buffer)
-        else:
-            self._sum(message, buffer)
-
-    def _sum(self, message: Any, buffer: Any) -> None:
+            return
         try:
             self.comm.Allreduce(_IN_PLACE, message)
         except MPI.Exception as error:
-            if self.comm == MPI.COMM_NULL:
-                raise RuntimeError(
-                    f"{self._prefix()}expected an MPI communicator to sum over; got one that was freed: free it, or "
-                    "destroy its process group, after the last use of the layers that have it"
-                ) from error
-            raise RuntimeError(
-                f"{self._prefix()}expected MPI_Allreduce of {buffer.nbytes // 8} float64 to succeed; got {error}: see "
-                "that all ranks run the same layers in the same order, and start them with `mpirun ... python -m "
-                "mpi4py ...`, so that an error on one ends all"
-            ) from error
+            raise self._failure(buffer, error) from error
+
+    def _failure(self, buffer: Any, error: MPI.Exception) -> RuntimeError:
+        if self.comm == MPI.COMM_NULL:
+            return RuntimeError(
+                f"{self._prefix()}expected an MPI communicator to sum over; got one that was freed: free it, or "
+                "destroy its process group, after the last use of the layers that have it"
+            )
+        return RuntimeError(
+            f"{self._prefix()}expected MPI_Allreduce of {buffer.nbytes // 8} float64 to succeed; got {error}: see "
+            "that all ranks run the same layers in the same order, and start them with `mpirun ... python -m "
+            "mpi4py ...`, so that an error on one ends all"
+        )
 
     def _sum_elsewhere(self, buffer: Any) -> None:
         """Sums a buffer that is not contiguous memory of the host."""
@@ -103,7 +102,10 @@ class MPICommunicator:
             if ("rocm" if torch.version.hip else "cuda") in gpu_aware():
                 with torch.cuda.device(buffer.device):  # MPI may look at which one is current
                     torch.cuda.current_stream().synchronize()  # MPI waits for no kernels; kernels to come wait for MPI
-                    self._sum([_memory(buffer.data_ptr(), buffer.nbytes), _DOUBLE], buffer)
+                    try:
+                        self.comm.Allreduce(_IN_PLACE, [_memory(buffer.data_ptr(), buffer.nbytes), _DOUBLE])
+                    except MPI.Exception as error:
+                        raise self._failure(buffer, error) from error
                 return
         host = buffer.new_empty(buffer.shape, device="cpu", pin_memory=buffer.is_cuda)
         host.copy_(buffer)  # waits for the kernels that fill buffer
