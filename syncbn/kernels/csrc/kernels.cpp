@@ -10,6 +10,8 @@
 namespace {
 
 using simd::load;
+using simd::load_pair;
+using simd::Pair;
 
 // What sums of elements of type T are added in: as wide as their element-wise arithmetic.
 template <class T> using SumsOf = std::conditional_t<std::is_same_v<T, double>, simd::Double, simd::Doubles>;
@@ -149,6 +151,15 @@ template <class T, class Activation, bool kResidual> struct Normalise {
     if constexpr (kResidual) z = z + load<V>(residual + i);
     simd::put(activation.forward(z), out + i, streaming);
   }
+  template <class V> SYNCBN_INLINE void put_pair(long i, const Affine<V>& k) const {
+    const Pair<V> v = load_pair<V>(x + i);
+    Pair<V> z{k(v.first), k(v.second)};
+    if constexpr (kResidual) {
+      const Pair<V> r = load_pair<V>(residual + i);
+      z = {z.first + r.first, z.second + r.second};
+    }
+    simd::put_pair(Pair<V>{activation.forward(z.first), activation.forward(z.second)}, out + i, streaming);
+  }
 };
 
 // ---- backward -----------------------------------------------------------------------------------------------------
@@ -169,19 +180,28 @@ template <class T, class Activation, Source kSource> struct Differentiate {
     simd::prefetch<kCount>(dy + i), simd::prefetch<kCount>(x + i);
     if constexpr (kSource == Source::kGated) simd::prefetch<kCount>(gate + i);
   }
-  template <class V> SYNCBN_INLINE Terms<V> operator()(long i, const Affine<V>& k) const {
-    const V g = load<V>(dy + i), v = load<V>(x + i);
+  // Of dy, x and gate.
+  template <class V> SYNCBN_INLINE Terms<V> of(V g, V v, [[maybe_unused]] V other, const Affine<V>& k) const {
     if constexpr (kSource == Source::kPlain) {
       return {g, v - k.mean};
     } else if constexpr (kSource == Source::kFromY) {
       // scale is here the inverse of forward's.
       return {activation.backward(g, v), (activation.inverse(v) - k.bias) * k.scale};
     } else if constexpr (kSource == Source::kGated) {
-      const V other = load<V>(gate + i);
       return {activation.backward(g, Activation::kGateIsOutput ? other : k(v) + other), v - k.mean};
     } else {
       return {activation.backward(g, k(v)), v - k.mean};
     }
+  }
+  template <class V> SYNCBN_INLINE Terms<V> operator()(long i, const Affine<V>& k) const {
+    if constexpr (kSource == Source::kGated) return of(load<V>(dy + i), load<V>(x + i), load<V>(gate + i), k);
+    else return of(load<V>(dy + i), load<V>(x + i), V{}, k);
+  }
+  template <class V> SYNCBN_INLINE Pair<Terms<V>> pair(long i, const Affine<V>& k) const {
+    const Pair<V> g = load_pair<V>(dy + i), v = load_pair<V>(x + i);
+    Pair<V> other{};
+    if constexpr (kSource == Source::kGated) other = load_pair<V>(gate + i);
+    return {of(g.first, v.first, other.first, k), of(g.second, v.second, other.second, k)};
   }
 };
 
@@ -237,8 +257,14 @@ template <class T, class Activation, Source kSource> struct InputGradient {
   }
   template <int kCount> SYNCBN_INLINE void prefetch(long i) const { terms.template prefetch<kCount>(i); }
   template <class V> SYNCBN_INLINE void put(long i, const Gradient<V>& k) const {
-    const Terms<V> t = terms(i, k.affine);
-    simd::put((t.g - t.xmu * k.slope - k.mean_dy) * k.scale, out + i, streaming);
+    simd::put(of(terms(i, k.affine), k), out + i, streaming);
+  }
+  template <class V> SYNCBN_INLINE void put_pair(long i, const Gradient<V>& k) const {
+    const Pair<Terms<V>> t = terms.pair(i, k.affine);
+    simd::put_pair(Pair<V>{of(t.first, k), of(t.second, k)}, out + i, streaming);
+  }
+  template <class V> static SYNCBN_INLINE V of(const Terms<V>& t, const Gradient<V>& k) {
+    return (t.g - t.xmu * k.slope - k.mean_dy) * k.scale;
   }
 };
 

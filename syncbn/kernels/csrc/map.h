@@ -6,6 +6,7 @@
 //     channels<V>(c)    the constants of channels c, c + 1, ..., a lane each (s == 1: a row has them all)
 //     prefetch<k>(i)    fetches what put reads of elements i, ..., i + k - 1
 //     put<V>(i, k)      writes elements i, i + 1, ... of `out`, past the caches where `streaming` says so
+//     put_pair<V>(i, k) writes as many as two V take, for which all constants are one channel's
 #pragma once
 
 #include <cstdint>
@@ -20,7 +21,7 @@ constexpr int kPair = 2;          // rows of all channels that are written at on
 
 // Elements from p to the next address to which V can be streamed.
 template <class V, class T> inline long to_boundary(const T* p) {
-  constexpr long bytes = simd::Lanes<V>::value * sizeof(T);
+  constexpr long bytes = std::max<long>(simd::Lanes<V>::value * sizeof(T), simd::kBytes);  // that of a pair's, too
   return (bytes - long(reinterpret_cast<uintptr_t>(p) % bytes)) % bytes / long(sizeof(T));
 }
 
@@ -48,11 +49,11 @@ template <class V, class S, class Op> inline void map_rows(const Op& given, Shap
       for (const long head = std::min(end, i + to_boundary<V>(op.out + i)); i < head; ++i) op.put(i, u);
     for (; i + 2 * lanes <= std::min(end, fetch.turn); i += 2 * lanes) {
       op.template prefetch<2 * lanes>(i + fetch.before);
-      op.put(i, v), op.put(i + lanes, v);
+      op.put_pair(i, v);
     }
     for (; i + 2 * lanes <= end; i += 2 * lanes) {
       op.template prefetch<2 * lanes>(i + fetch.after);
-      op.put(i, v), op.put(i + lanes, v);
+      op.put_pair(i, v);
     }
     if (i + lanes <= end) op.put(i, v), i += lanes;
     for (; i < end; ++i) op.put(i, u);

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__AVX__)
 #include <immintrin.h>
 #endif
@@ -197,12 +198,17 @@ inline void store(float v, float16* p) { narrow(v, p); }
 inline void store(double v, double* p) { narrow(v, p); }
 inline void store(Float v, float* p) { std::memcpy(p, &v, sizeof v); }
 inline void store(Double v, double* p) { std::memcpy(p, &v, sizeof v); }
+// The bits of which the upper half is v in bfloat16. A NaN is cut off, which leaves one: what arithmetic returns is quiet,
+// its highest bit of payload set.
+inline Bits<Float>::U32 rounded(Float v) {
+  typedef Bits<Float>::U32 U32;
+  const U32 u = bits_of<U32>(v);
+  return u + ((0x7fff + ((u >> 16) & 1)) & (U32)(v == v));
+}
 inline void store(Float v, bfloat16* p) {
   typedef Bits<Float>::U32 U32;
   [[maybe_unused]] typedef Bits<Float>::U16 U16;
-  const U32 u = bits_of<U32>(v);
-  // A NaN is cut off, which leaves one: what arithmetic returns is quiet, its highest bit of payload set.
-  const U32 wide = (u + ((0x7fff + ((u >> 16) & 1)) & (U32)(v == v))) >> 16;
+  const U32 wide = rounded(v) >> 16;
 #if defined(__AVX512F__)
   const __m256i out = _mm512_cvtepi32_epi16(bits_of<__m512i>(wide));
 #elif defined(__AVX2__)
@@ -270,6 +276,35 @@ template <class V, class T> inline void put(V v, T* p, [[maybe_unused]] bool str
   }
 #endif
   store(v, p);
+}
+
+// ---- pairs: of the elements that two vectors take, in any order that put_pair knows --------------------------------
+
+template <class V> struct Pair { V first, second; };
+
+// Of bfloat16 those with even and those with odd numbers, which are widened by a shift and by a mask.
+template <class V, class T> SYNCBN_INLINE Pair<V> load_pair(const T* p) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    const auto both = raw<Bits<Float>::U32>(p);
+    return {bits_of<V>(both << 16), bits_of<V>(both & 0xffff0000)};
+  } else {
+    return {load<V>(p), load<V>(p + Lanes<V>::value)};
+  }
+}
+
+template <class V, class T> SYNCBN_INLINE void put_pair(const Pair<V>& v, T* p, bool streaming) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    typedef Bits<Float>::U32 U32;
+    const U32 both = (rounded(v.first) >> 16) | (rounded(v.second) & 0xffff0000);
+#if defined(__AVX__)
+    if (streaming) return stream_bytes(bits_of<typename Bytes<kBytes>::type>(both), p);
+#else
+    (void)streaming;
+#endif
+    std::memcpy(p, &both, sizeof both);
+  } else {
+    put(v.first, p, streaming), put(v.second, p + Lanes<V>::value, streaming);
+  }
 }
 
 // ---- arithmetic ---------------------------------------------------------------------------------------------------
