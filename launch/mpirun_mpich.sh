@@ -30,7 +30,7 @@ refuse() {
   exit 2
 }
 for name in "${numbers[@]}"; do
-  [[ ${!name:-1} =~ ^[1-9][0-9]*$ ]] || refuse "$name to be a whole number from 1" "${!name}" "set it to such a number"
+  [[ ${!name:-1} =~ ^[1-9][0-9]{0,8}$ ]] || refuse "$name to be a whole number from 1" "${!name}" "set it to such a number"
 done
 command -v "$PYTHON" >/dev/null || refuse "PYTHON to be a command" "$PYTHON" "set it to your environment's python"
 commas="${HOSTS//[^,]/}"

@@ -30,13 +30,13 @@ refuse() {
   exit 2
 }
 for name in "${numbers[@]}"; do
-  [[ ${!name:-1} =~ ^[1-9][0-9]*$ ]] || refuse "$name to be a whole number from 1" "${!name}" "set it to such a number"
+  [[ ${!name:-1} =~ ^[1-9][0-9]{0,8}$ ]] || refuse "$name to be a whole number from 1" "${!name}" "set it to such a number"
 done
 command -v "$PYTHON" >/dev/null || refuse "PYTHON to be a command" "$PYTHON" "set it to your environment's python"
 first="${HOSTS%%,*}"
 local_ranks="$NP"
 [[ $first == *:* ]] && local_ranks="${first##*:}"
-[[ $local_ranks =~ ^[1-9][0-9]*$ ]] || refuse "HOSTS to be name:ranks,..." "$HOSTS" "set whole numbers from 1"
+[[ $local_ranks =~ ^[1-9][0-9]{0,8}$ ]] || refuse "HOSTS to be name:ranks,..." "$HOSTS" "set whole numbers from 1"
 # The physical cores that this shell may use, one CPU of each.
 read -ra cores <<<"$("$PYTHON" -c '
 import os

@@ -35,10 +35,10 @@ refuse() {
   exit 2
 }
 for name in "${numbers[@]}"; do
-  [[ ${!name:-1} =~ ^[1-9][0-9]*$ ]] || refuse "$name to be a whole number from 1" "${!name}" "set it to such a number"
+  [[ ${!name:-1} =~ ^[1-9][0-9]{0,8}$ ]] || refuse "$name to be a whole number from 1" "${!name}" "set it to such a number"
 done
 command -v "$PYTHON" >/dev/null || refuse "PYTHON to be a command" "$PYTHON" "set it to your environment's python"
-[[ $NODE_RANK =~ ^(0|[1-9][0-9]*)$ && $NODE_RANK -lt $NODES ]] ||
+[[ $NODE_RANK =~ ^(0|[1-9][0-9]{0,8})$ && $NODE_RANK -lt $NODES ]] ||
   refuse "NODE_RANK to be a whole number below NODES=$NODES" "$NODE_RANK" "number the machines from 0"
 # The physical cores that this shell may use, one CPU of each.
 read -ra cores <<<"$("$PYTHON" -c '

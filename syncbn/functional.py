@@ -274,7 +274,7 @@ def _check_memory(name: str, v: Any) -> None:
         kind = type(v).__name__
     elif v.is_nested or v.layout != torch.strided:
         kind = "a nested tensor" if v.is_nested else f"a {v.layout} tensor"
-    elif v.is_cpu and type(v) is not Tensor and not torch.compiler.is_compiling() and not _has_memory(v):
+    elif v.is_cpu and not torch.compiler.is_compiling() and not _has_memory(v):
         kind = f"a {type(v).__name__} without memory of its own"
     else:
         return
@@ -302,8 +302,8 @@ def _check_autograd(input: Tensor, weight: Tensor | None, bias: Tensor | None, r
 def _check_in_place(input: Tensor) -> None:
     """Refuses an input that must not be overwritten, as autograd would after the messages have been sent."""
     reason = ""
-    if any(stride == 0 and size > 1 for stride, size in zip(input.stride(), input.shape, strict=True)):
-        reason = "an expanded tensor"
+    if _overlaps(input):
+        reason = "a tensor of which several elements are one in memory, as an expanded one"
     elif input.is_inference() and not torch.is_inference_mode_enabled():
         reason = "an inference tensor outside inference mode"
     elif torch.is_grad_enabled() and input.requires_grad:
@@ -314,6 +314,17 @@ def _check_in_place(input: Tensor) -> None:
             reason = "one of several views made at once (say, by chunk, or by a module with backward hooks)"
     if reason:
         raise ValueError(f"expected an input that may be overwritten; got {reason}: use inplace=False")
+
+
+def _overlaps(v: Tensor) -> bool:
+    """Whether elements may share memory: whether a step along an axis stays within what the smaller steps reach."""
+    reach = 0
+    for stride, size in sorted(zip(v.stride(), v.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
 
 
 def _made_with_others(view: Tensor) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from numbers import Real
 from typing import Any
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")
@@ -112,13 +113,18 @@ def check_arguments(
         raise ValueError("expected running_mean and running_var, or neither; got one: pass both, or None for both")
     if x.dtype not in _known_dtypes:
         _check_dtype("an input", x.dtype)
-    if not float(eps) > 0:
-        raise ValueError(f"expected eps above 0; got {eps}: a channel of equal values would be divided by 0")
-    if isinstance(momentum, (str, bytes)) or (isinstance(momentum, float) and not math.isfinite(momentum)):
+    if not _is_number(eps) or not float(eps) > 0:
+        raise ValueError(f"expected eps above 0; got {eps!r}: a channel of equal values would be divided by 0")
+    if not _is_number(momentum) or (isinstance(momentum, float) and not math.isfinite(momentum)):
         raise ValueError(f"expected momentum to be a finite number; got {momentum!r}")
 
 
 _known_dtypes: set[Any] = set()
+
+
+def _is_number(v: Any) -> bool:
+    """Whether v is a number or a 0-d array."""
+    return isinstance(v, (float, int, Real)) or getattr(v, "shape", None) == ()
 
 
 def _check_vector(name: str, v: Any, expected: tuple[int, ...]) -> None:

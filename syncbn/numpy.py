@@ -143,7 +143,8 @@ class SyncBatchNorm:
         for v in vectors:
             if v is not None and not isinstance(v, np.ndarray):
                 raise TypeError(f"expected parameters to be ndarrays or None; got {type(v).__name__}: convert it first")
-        check_arguments(x, self.num_features, *vectors, self.momentum, self.eps)
+        momentum = 0.0 if self.momentum is None else self.momentum
+        check_arguments(x, self.num_features, *vectors, momentum, self.eps)
 
     def _running(self) -> core.Running:
         batches = self.num_batches_tracked

@@ -27,7 +27,7 @@ FLAGS = "-fsanitize=address,undefined -fno-omit-frame-pointer -g"
 # A sanitizer that ends the process must not be captured, or its report would be lost.
 PYTEST = ["-p", "no:cacheprovider", "-o", "testpaths=tests/test_kernels.py", "--capture=sys"]
 
-# What an environment's Python runs before the tests; x and center are as the kernels want them, but for one thing.
+# What an environment's Python runs before the tests; x and moments are as the kernels want them, but for one thing.
 LOADED = "from syncbn.kernels import cpu; print(cpu.instruction_set(), cpu._library._name)"
 PAST_THE_END = """
 import numpy as np
@@ -38,8 +38,8 @@ cpu.stats(x, None)
 MISALIGNED = """
 import numpy as np
 from syncbn.kernels import cpu
-center = np.frombuffer(bytes(1 + 8), np.float64, offset=1)
-cpu.stats(np.ones((1, 1, 1000), np.float32), center)
+moments = np.frombuffer(bytearray(1 + 24), np.float64, offset=1)
+cpu.combine(moments, None, None, None, None, 0.1, 1e-5)
 """
 FAULTS = {"AddressSanitizer: heap-buffer-overflow": PAST_THE_END, "misaligned address": MISALIGNED}
 

@@ -269,26 +269,22 @@ def test_an_error_in_backward_on_one_rank_leaves_nobody_waiting():
     assert run_ranks(gradients, 2, "thread")[0].isnan().all()
 
 
+NO_VECTORS = ("weight", "running_mean", "running_var")
 BAD_ARGUMENTS = {
     "weight_length": ({"weight": torch.ones(5)}, ValueError, "of one shape"),
-    "weight_list": (
-        {"weight": [1.0, 1.0, 1.0]},
-        TypeError,
-        "expected weight to be a dense torch.Tensor or None; got list",
-    ),
+    "weight_list": ({"weight": [1.0]}, TypeError, "expected weight to be a dense torch.Tensor or None; got list"),
     "integer_mean": ({"running_mean": torch.zeros(3, dtype=torch.int64)}, TypeError, "expected running_mean of dtype"),
     "eps_zero": ({"eps": 0.0}, ValueError, "expected eps above 0; got 0.0"),
     "eps_nan": ({"eps": float("nan")}, ValueError, "expected eps above 0; got nan"),
-    "eps_text": ({"eps": "tiny"}, ValueError, "tiny"),
+    "eps_text": ({"eps": "1e-5"}, ValueError, "expected eps above 0; got '1e-5'"),
+    "momentum_of_two": ({"momentum": torch.ones(2)}, ValueError, "expected momentum to be a finite number"),
     "momentum_text": ({"momentum": "0.1"}, ValueError, "expected momentum to be a finite number"),
     "momentum_nan": ({"momentum": float("nan")}, ValueError, "expected momentum to be a finite number; got nan"),
     "integers": ({"input": torch.ones(4, 3, dtype=torch.int32)}, TypeError, "got int32"),
-    "no_vectors": (
-        {"input": torch.ones(4, 3).to_sparse(), "weight": None, "running_mean": None, "running_var": None},
-        TypeError,
-        "got a torch.sparse_coo",
-    ),
+    "no_vectors": (dict.fromkeys(NO_VECTORS) | {"input": torch.ones(4, 3).to_sparse()}, TypeError, "torch.sparse_coo"),
     "nested": ({"input": "nested"}, TypeError, "expected input to be a dense torch.Tensor"),
+    "no_memory": ({"input": torch._efficientzerotensor((4, 3))}, TypeError, "without memory of its own"),
+    "freed": ({"input": torch.UntypedStorage(0)}, TypeError, "without memory of its own"),
 }
 
 
@@ -298,6 +294,9 @@ def test_bad_arguments_of_the_function_on_one_rank_are_an_error_on_every_rank(na
     changed, kind, message = BAD_ARGUMENTS[name]
     if changed.get("input") == "nested":
         changed = {"input": torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)])}
+    if name == "freed":
+        changed = {"input": torch.ones(4, 3)}
+        changed["input"].untyped_storage().resize_(0)
 
     def call(rank, group):
         running_mean, running_var = torch.zeros(3), torch.ones(3)

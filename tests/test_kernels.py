@@ -289,6 +289,21 @@ def test_cpu_and_aten_give_the_same_bits(implementation, shape, dtype):
         torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12 * x.numel())
 
 
+@pytest.mark.parametrize("shape", [(3, 5, 67), (67, 37, 1)], ids=str)
+def test_without_a_bias_zeros_keep_their_sign(shape):
+    x, statistics = torch.ones(shape), torch.ones(2 * shape[1] + 1, dtype=torch.float64)
+    y = filled(cpu.elemt, x, statistics, -torch.ones(shape[1]), None)
+    assert (y == 0).all()
+    assert torch.equal(y.signbit(), filled(aten.elemt, x, statistics, -torch.ones(shape[1]), None).signbit())
+    assert y.signbit().all()
+
+
+def test_the_default_device_is_not_that_of_the_sums():
+    x = torch.randn(4, 3, 7)
+    with torch.device("meta"):
+        assert cpu.stats(x, None).is_cpu
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_cpu_kernels_keep_nan_and_infinity(value, dtype):

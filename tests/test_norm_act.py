@@ -247,6 +247,7 @@ IN_PLACE = {
     "view_of_a_leaf": lambda: leaf().view(4, 3, 25),
     "one_of_several_views": lambda: (torch.randn(4, 6, 5, 5, requires_grad=True) * 1).chunk(2, 1)[0],
     "expanded": lambda: torch.randn(1, 3, 5, 5).expand(4, 3, 5, 5),
+    "overlapping": lambda: torch.randn(200).as_strided((4, 3, 5, 5), (1, 20, 5, 1)),
     "inference_in_place": inference_tensor,
 }
 

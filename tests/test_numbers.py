@@ -1,9 +1,12 @@
 """The numbers that the library promises, against a two-pass oracle in float64."""
 
+from datetime import timedelta
+
 import numpy as np
 import oracle
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
 from steps import batch, in_format
 
@@ -215,3 +218,18 @@ def test_gloo_sums_in_the_order_of_ranks_on_every_rank():
     assert not torch.equal(expected, ((_random(3) + _random(2)) + _random(1)) + _random(0))
     for found in run_ranks(_sum_of_random, 4, "gloo"):
         assert torch.equal(found, expected)
+
+
+def _sum_over_a_group_made_past_torch(rank, _):
+    store = dist.PrefixStore("past", dist.distributed_c10d._get_default_store())
+    group = dist.ProcessGroup(store, rank, 2)
+    gloo = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, 2, timedelta(seconds=30))
+    group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
+    group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+    buffer = torch.tensor([1.0, rank], dtype=torch.float64)
+    as_communicator(group).all_reduce(buffer)
+    return buffer.tolist()
+
+
+def test_a_group_that_torch_distributed_does_not_know_is_summed_over():
+    assert run_ranks(_sum_over_a_group_made_past_torch, 2, "gloo") == [[2.0, 1.0]] * 2

@@ -37,7 +37,7 @@ class TorchCommunicator:
     def all_reduce(self, buffer: Any) -> None:
         """Sums buffer, a tensor or an ndarray, over the group, in place. See Communicator."""
         tensor = buffer if isinstance(buffer, torch.Tensor) else torch.from_numpy(buffer)
-        if tensor.is_cpu and "cpu:gloo" in dist.get_backend_config(self.group):
+        if tensor.is_cpu and _sends_over_gloo(self.group):
             self._sum_gathered(tensor)
         else:
             dist.all_reduce(tensor, group=self.group)
@@ -53,6 +53,14 @@ class TorchCommunicator:
         tensor.copy_(gathered[0])
         for other in gathered[1:]:
             tensor += other
+
+
+def _sends_over_gloo(group: dist.ProcessGroup) -> bool:
+    """Whether tensors of the CPU go over Gloo. Of a group made past torch.distributed it is not known."""
+    try:
+        return "cpu:gloo" in dist.get_backend_config(group)
+    except (TypeError, ValueError, RuntimeError):  # what versions of torch raise for such a group
+        return False
 
 
 def communicator_of(group: Any) -> Communicator | None:

@@ -238,4 +238,4 @@ def _empty(like: Any, length: int) -> Any:
         return np.empty(length)
     import torch
 
-    return torch.empty(length, dtype=torch.float64)
+    return torch.empty(length, dtype=torch.float64, device="cpu")  # whatever the default device is

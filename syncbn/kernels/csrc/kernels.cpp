@@ -26,7 +26,7 @@ template <class D> struct Elementwise<double, D> { using type = D; };
 template <class V, class S> inline V splat(S value) {
   if constexpr (simd::Lanes<V>::value == 1) return V(value);
   else if constexpr (std::is_same_v<V, simd::Doubles>) return {splat<simd::Double>(value), splat<simd::Double>(value)};
-  else return V{} + value;
+  else return value - V{};  // a sum would lose the sign of -0
 }
 
 // ---- activations: a function of z, and its backward, from the z or (leaky_relu) from anything of z's sign ----------

@@ -17,7 +17,7 @@ struct Tail {
 };
 
 // Constants per channel. Those given as void are of the accumulate dtype: double for kFloat64, else float. Without a
-// bias it is zeros.
+// bias it is -0, which changes nothing.
 struct Channels {
   const double* exact_mean;
   const void *mean, *scale, *bias;

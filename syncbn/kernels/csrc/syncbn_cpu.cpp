@@ -102,11 +102,12 @@ template <class P> P* element(int dtype, P* array, long i) {
 }
 
 // What the loops need per channel, from statistics = [mean (c) | invstd (c) | count]; weight, bias and the results are of
-// the accumulate dtype A. With a weight_floor, weights closer to 0 count as that far from it: y then still tells x.
+// the accumulate dtype A. No bias is one of -0, which leaves zeros their sign. With a weight_floor, weights closer to 0
+// count as that far from it: y then still tells x.
 template <class A> struct PerChannel {
   std::vector<A> mean, scale, bias;
   PerChannel(const double* statistics, long c, const void* weight, const void* bias_or_null, double weight_floor)
-      : mean(statistics, statistics + c), scale(statistics + c, statistics + 2 * c), bias(c) {
+      : mean(statistics, statistics + c), scale(statistics + c, statistics + 2 * c), bias(c, A(-0.0)) {
     const A *w = static_cast<const A*>(weight), *b = static_cast<const A*>(bias_or_null);
     if (b) std::copy(b, b + c, bias.begin());
     if (!w) return;
