@@ -298,6 +298,19 @@ def test_without_a_bias_zeros_keep_their_sign(shape):
     assert y.signbit().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.bool, torch.complex64])
+def test_cpu_kernels_refuse_other_dtypes(dtype):
+    x, statistics = torch.ones(2, 3, 4, dtype=dtype), torch.ones(7, dtype=torch.float64)
+    for call in (
+        lambda: cpu.stats(x, None),
+        lambda: cpu.elemt(x, statistics, None, None, x),
+        lambda: cpu.backward_reduce(x, x, statistics, None, None),
+        lambda: cpu.backward_elemt(x, x, statistics, None, None, torch.ones(6, dtype=torch.float64), x),
+    ):
+        with pytest.raises(ValueError, match="not in tuple"):
+            call()
+
+
 def test_the_default_device_is_not_that_of_the_sums():
     x = torch.randn(4, 3, 7)
     with torch.device("meta"):

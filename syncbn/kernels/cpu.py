@@ -18,16 +18,14 @@ from .tail import PLAIN, Tail, weight_floor
 
 
 class _Codes(dict[Any, int]):
-    """The library's number of each dtype, torch's and NumPy's, looked up by its name when first seen; -1 of others."""
+    """The library's number of each dtype, torch's and NumPy's, looked up by its name when first seen."""
 
     def __missing__(self, dtype: Any) -> int:
-        name = str(dtype).removeprefix("torch.")
-        return self.setdefault(dtype, _NAMES.index(name) if name in _NAMES else -1)
+        return self.setdefault(dtype, _NAMES.index(str(dtype).removeprefix("torch.")))
 
 
-_NAMES = ("float64", "float32", "bfloat16", "float16", "int64")
+_NAMES = ("float64", "float32", "bfloat16", "float16")
 _CODES = _Codes()
-_INT64 = _NAMES.index("int64")
 _HUGE_BYTES = 4_000_000
 _ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 1, "silu": 2}
 
@@ -118,7 +116,7 @@ def combine(
             mean, var = _cast(mean, "float64"), _cast(var, "float64")
         code = _CODES[mean.dtype]
     batches = num_batches_tracked
-    if batches is not None and _CODES[batches.dtype] != _INT64:
+    if batches is not None and str(batches.dtype).removeprefix("torch.") != "int64":
         batches = None  # as some averages of checkpoints have it
     addresses = _addresses(moments, center, mean, var, batches)
     c = len(moments) // 2
