@@ -52,8 +52,8 @@ def forward(
     running = (1 - momentum) * running + momentum * (mean, var * count / (count - 1)).
 
     Args:
-        x: (n, c, s), this rank's part of the batch; n may be 0, and n and s may differ between ranks.
-        y: (n, c, s), of x's dtype: where the result goes.
+        x: (N, C, ...), this rank's part of the batch; N may be 0, and N and the spatial sizes may differ between ranks.
+        y: as x, dense: where the result goes.
         weight, bias: (c,) or None.
         running: the running statistics.
         eps: added to the variance.
@@ -109,8 +109,8 @@ def backward(
     dx = weight * invstd * (g - sum_g / count - (x - mean) * invstd^2 * sum_g_xmu / count), g = dy without a tail.
 
     Args:
-        dy: (n, c, s), the gradient of this rank's y.
-        dx: (n, c, s), of x's dtype: where the gradient of x goes.
+        dy: as x, the gradient of this rank's y.
+        dx: as x, dense: where the gradient of x goes.
         x, weight, bias, kernels, comm, tail: as given to forward; after in-place work, x is y.
         grad_weight, grad_bias: (c,) or None: where the gradients of weight and bias go, of this rank's elements alone,
             so that data-parallel training averages them like every other gradient.

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from . import core
 from .comm import Communicator, as_communicator
 from .kernels import PLAIN, Tail, check_tail, select
-from .kernels.cpu import prefer_huge_pages
+from .kernels.cpu import HUGE_BYTES, prefer_huge_pages
 from .layout import Layout, check_arguments, layout_of
 
 __all__ = ["sync_batch_norm"]
@@ -97,7 +97,8 @@ def batch_stats_norm(
     """
     try:
         _check(input, num_features, running.mean, running.var, weight, bias, running.momentum, eps)
-        check_tail(tail)
+        if tail is not PLAIN:
+            check_tail(tail)
         if residual is not None:
             check_residual(residual, input, tail)
         if tail.in_place:
@@ -138,7 +139,7 @@ def running_stats_norm(
 
 
 class _BatchStatsNorm(torch.autograd.Function):
-    """core.forward and core.backward on the (n, c, s) view of the input."""
+    """core.forward and core.backward."""
 
     @staticmethod
     def forward(
@@ -150,17 +151,16 @@ class _BatchStatsNorm(torch.autograd.Function):
         options: tuple[core.Running, float, Layout, Communicator, Tail],
     ) -> Tensor:
         running, eps, layout, comm, tail = options
-        x = layout.flatten(input)
-        kernels = select(x)
-        # Not a view of what the kernels filled: views that a Function returns must not be modified in place.
-        output = input if tail.in_place else _empty(layout, input)
-        y = x if tail.in_place else layout.flatten(output)
-        more = () if residual is None else (tail, layout.flatten(residual))
-        statistics = core.forward(x, y, weight, bias, running, eps, kernels, comm, *(more or (tail,)))
+        kernels = select(input)
+        # In place in memory with gaps, the result is copied there.
+        in_place = tail.in_place and input.stride() == layout.strides
+        output = input if in_place else _empty(layout, input)
+        more = () if residual is None else (residual,)
+        statistics = core.forward(input, output, weight, bias, running, eps, kernels, comm, tail, *more)
         if tail.in_place:
             ctx.mark_dirty(input)
-            if y.data_ptr() != input.data_ptr():  # input has strides of which (n, c, s) is no view
-                input.copy_(layout.restore(y))
+            if not in_place:
+                output = input.copy_(output)
         # What backward needs beside x to tell the activation's derivative. y is of use to others too, and often kept.
         gate = None
         if residual is not None and tail.activation != "none":
@@ -190,34 +190,22 @@ def _backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]
     except Exception as error:
         core.refuse(error, _backward_message(layout, grad_output), comm)
     dx = _empty(layout, input)
-    grad_weight = None if weight is None else torch.empty_like(weight)
-    grad_bias = None if bias_dtype is None else statistics.new_empty(layout.shape[1], dtype=bias_dtype)
+    c, one = (layout.shape[1],), (1,)
+    grad_weight = None if weight is None else weight.new_empty_strided(c, one)
+    grad_bias = None if bias_dtype is None else statistics.new_empty_strided(c, one, dtype=bias_dtype)
     grad_residual = grad_output if has_residual else None
     gates: tuple[Tensor, ...] = ()
     if gate is not None:
         grad_residual = _empty(layout, input)
-        gates = layout.flatten(gate), layout.flatten(grad_residual)
-    core.backward(
-        layout.flatten(grad_output),
-        layout.flatten(input),
-        layout.flatten(dx),
-        weight,
-        bias,
-        grad_weight,
-        grad_bias,
-        statistics,
-        kernels,
-        comm,
-        tail,
-        *gates,
-    )
+        gates = gate, grad_residual
+    core.backward(grad_output, input, dx, weight, bias, grad_weight, grad_bias, statistics, kernels, comm, tail, *gates)
     return dx, grad_weight, grad_bias, grad_residual, None
 
 
 def _empty(layout: Layout, like: Tensor) -> Tensor:
     """Returns a dense tensor of that layout, to be filled."""
-    y = torch.empty_strided(layout.shape, layout.strides, dtype=like.dtype, device=like.device)
-    if not torch.compiler.is_compiling():
+    y = like.new_empty_strided(layout.shape, layout.strides)
+    if not torch.compiler.is_compiling() and y.nbytes >= HUGE_BYTES:
         prefer_huge_pages(y)
     return y
 

@@ -73,6 +73,12 @@ def layout_of(x: Any) -> Layout:
     return _layout(x.shape, not contiguous and channel_stride == 1)
 
 
+def flatten(first: Any, *others: Any) -> list[Any]:
+    """Views arrays of one shape as (n, c, s), all in the layout of the first; None for None."""
+    layout = layout_of(first)
+    return [None if x is None else layout.flatten(x) for x in (first, *others)]
+
+
 def check_arguments(
     x: Any, num_features: int, weight: Any, bias: Any, running_mean: Any, running_var: Any, momentum: Any, eps: Any
 ) -> None:

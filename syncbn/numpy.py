@@ -11,7 +11,7 @@ from numpy.typing import DTypeLike, NDArray
 from . import core
 from .comm import Communicator, GroupHandle, LocalCommunicator
 from .kernels import PLAIN, select
-from .layout import Layout, check_arguments, layout_of
+from .layout import check_arguments, layout_of
 
 __all__ = ["SyncBatchNorm"]
 
@@ -82,7 +82,7 @@ class SyncBatchNorm:
         self.num_batches_tracked: Array | None = np.array(0, np.int64) if track_running_stats else None
         self.grad_weight: Array | None = None
         self.grad_bias: Array | None = None
-        self._saved: tuple[Array, Array | None, Layout, Array, Communicator | None] | None = None
+        self._saved: tuple[Array, Array | None, Array, Communicator | None] | None = None
 
     @property
     def comm(self) -> Any:
@@ -119,22 +119,19 @@ class SyncBatchNorm:
             self._check(x)
         except Exception as error:
             core.refuse(error, np.empty(2 * self.num_features + 1), comm)
-        layout = layout_of(x)
-        flat = layout.flatten(x)
-        y = np.empty(flat.shape, x.dtype)
-        kernels = select(flat)
+        y = _empty_like(x)
+        kernels = select(x)
         weight = None if self.weight is None else self.weight.copy()  # backward's, whatever an optimizer does before it
         if self.training or self.running_mean is None:
             running = self._running() if self.training and self.track_running_stats else core.Running()
-            statistics = core.forward(flat, y, weight, self.bias, running, self.eps, kernels, comm)
-            self._saved = x, weight, layout, statistics, comm
+            statistics = core.forward(x, y, weight, self.bias, running, self.eps, kernels, comm)
+            self._saved = x, weight, statistics, comm
         else:
             statistics = core.eval_forward(
-                flat, y, weight, self.bias, self.running_mean, self.running_var, self.eps, kernels
+                x, y, weight, self.bias, self.running_mean, self.running_var, self.eps, kernels
             )
-            self._saved = x, weight, layout, statistics, None
-        result: Array = layout.restore(y)
-        return result
+            self._saved = x, weight, statistics, None
+        return y
 
     def _check(self, x: Array) -> None:
         if not isinstance(x, np.ndarray) or isinstance(x, (np.matrix, np.ma.MaskedArray)):
@@ -165,7 +162,7 @@ class SyncBatchNorm:
         """
         if self._saved is None:
             raise RuntimeError("expected backward after forward; got no forward: call forward(x) first")
-        x, weight, layout, statistics, comm = self._saved
+        x, weight, statistics, comm = self._saved
         try:
             dy = np.asarray(dy)
             if dy.shape != x.shape:
@@ -174,18 +171,16 @@ class SyncBatchNorm:
                 raise TypeError(f"expected dy of real numbers; got {dy.dtype}: pass the gradient of y")
         except Exception as error:
             core.refuse(error, np.empty(2 * self.num_features), comm or LocalCommunicator())
-        flat, flat_dy = layout.flatten(x), layout.flatten(dy.astype(x.dtype, copy=False))
-        dx = np.empty(flat.shape, x.dtype)
-        kernels = select(flat)
+        dx, dy = _empty_like(x), dy.astype(x.dtype, copy=False)
+        kernels = select(x)
         self.grad_weight = None if self.weight is None else np.empty_like(self.weight)
         self.grad_bias = None if self.bias is None else np.empty_like(self.bias)
         gradients = self.grad_weight, self.grad_bias
         if comm is None:
-            core.eval_backward(flat_dy, flat, dx, weight, *gradients, statistics, kernels)
+            core.eval_backward(dy, x, dx, weight, *gradients, statistics, kernels)
         else:
-            core.backward(flat_dy, flat, dx, weight, None, *gradients, statistics, kernels, comm, PLAIN)
-        result: Array = layout.restore(dx)
-        return result
+            core.backward(dy, x, dx, weight, None, *gradients, statistics, kernels, comm, PLAIN)
+        return dx
 
     def state_dict(self) -> dict[str, Array]:
         """Returns copies of the parameters and running statistics, under the names of torch's layer."""
@@ -216,3 +211,10 @@ class SyncBatchNorm:
             f"SyncBatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
             f"track_running_stats={self.track_running_stats})"
         )
+
+
+def _empty_like(x: Array) -> Array:
+    """Returns a dense array of x's shape, dtype and memory format, to be filled."""
+    layout = layout_of(x)
+    y: Array = layout.restore(np.empty(layout.flat_shape, x.dtype))
+    return y

@@ -20,7 +20,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 ALLOWED = {
     "core": set(),
     "layout": set(),
-    "kernels": {"kernels"},
+    "kernels": {"kernels", "layout"},
     "launcher": set(),
     "comm": {"comm", "launcher"},
     "mpi": {"comm"},

@@ -1,8 +1,9 @@
 """The arithmetic of batch normalisation, as five kernels with one contract.
 
-Every module of this package implements exactly these functions. x, y, dy, dx have shape (n, c, s), with n and s
-possibly 0; `weight` and `bias` have shape (c,) or are None. The accumulate dtype is float64 for float64 input and
-float32 otherwise.
+Every module of this package implements exactly these functions. x, y, dy, dx, residual, gate and g have one shape,
+(N, C, ...), with everything but C possibly 0; what is read has any strides, what is written is dense, contiguous or
+channels last. Kernels see all of it as (n, c, s), of which layout.py tells; sizes below are meant so. `weight` and
+`bias` have shape (c,) or are None. The accumulate dtype is float64 for float64 input and float32 otherwise.
 
     stats(x, center)                             -> moments
         (2c + 1,) float64 = [sum of x - center | sum of (x - center)^2 | n * s]; center is (c,) float64 or None for 0.

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..layout import flatten
 from .tail import PLAIN, Tail, weight_floor
 
 # Elements per tile: on a CPU a float64 copy then takes 1 MiB, within a core's cache; an accelerator wants few launches.
@@ -56,6 +57,7 @@ class _ChannelSums:
 
 def stats(x: Tensor, center: Tensor | None) -> Tensor:
     """Sums, sums of squares and the count of one rank's x. See the package's contract."""
+    (x,) = flatten(x)
     n, c, s = x.shape
     moments = torch.zeros(2 * c + 1, dtype=torch.float64, device=x.device)
     total, squares = _ChannelSums(moments[:c]), _ChannelSums(moments[c:-1])
@@ -111,6 +113,7 @@ def elemt(
     residual: Tensor | None = None,
 ) -> None:
     """The result: y = activation((x - mean) * (invstd * weight) + bias + residual). See the package's contract."""
+    y, x, residual = flatten(y, x, residual)
     affine = _Affine(x, statistics, weight, bias, tail)
     for tile in _tiles(x):
         z = affine.forward(x[tile] - affine.mean[tile[1], None], tile[1])
@@ -132,6 +135,7 @@ def backward_reduce(
     g: Tensor | None = None,
 ) -> Tensor:
     """Sums of g and of g * (x - mean) of one rank. See the package's contract."""
+    g, x, dy, gate = flatten(g, x, dy, gate) if g is not None else (None, *flatten(x, dy, gate))
     c = x.shape[1]
     sums = torch.zeros(2 * c, dtype=torch.float64, device=x.device)
     sum_dy, sum_dy_xmu = _ChannelSums(sums[:c]), _ChannelSums(sums[c:])
@@ -165,6 +169,7 @@ def backward_elemt(
     tail: Tail = PLAIN,
 ) -> None:
     """The gradient: dx = weight * invstd * (g - sum_g / N - (x - mean) * invstd^2 * sum_g_xmu / N)."""
+    dx, x, dy = flatten(dx, x, dy)
     c = x.shape[1]
     n = statistics[-1].clamp(min=1)
     affine = _Affine(x, statistics, weight, bias, tail)

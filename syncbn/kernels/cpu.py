@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..layout import Layout, layout_of
 from .tail import PLAIN, Tail, weight_floor
 
 
@@ -26,7 +27,7 @@ class _Codes(dict[Any, int]):
 
 _NAMES = ("float64", "float32", "bfloat16", "float16")
 _CODES = _Codes()
-_HUGE_BYTES = 4_000_000
+HUGE_BYTES = 4_000_000  # from which on prefer_huge_pages pays
 _ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 1, "silu": 2}
 
 
@@ -38,18 +39,18 @@ def _load() -> ctypes.CDLL | None:
         return None
     library = ctypes.CDLL(spec.origin)
     pointer, integer, size, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_double
-    shape, tail = [size] * 3, [integer, real, real]
+    array, tail = [integer, *[size] * 3], [integer, real, real]
     library.syncbn_isa.restype, library.syncbn_combine.restype = ctypes.c_char_p, real
     library.syncbn_set_cache_bytes.restype = size
     for name, arguments in {
         "isa": [],
         "set_cache_bytes": [size],
         "prefer_huge_pages": [pointer, ctypes.c_size_t],
-        "stats": [integer, pointer, *shape, pointer, pointer],
-        "combine": [pointer, pointer, size, integer, *[pointer] * 3, real, real],
-        "elemt": [integer, *[pointer] * 3, *shape, *[pointer] * 3, *tail],
-        "backward_reduce": [integer, *[pointer] * 4, *shape, *[pointer] * 6, *tail],
-        "backward_elemt": [integer, *[pointer] * 3, *shape, *[pointer] * 4, *tail],
+        "stats": [*array, *[pointer] * 3],
+        "combine": [size, integer, *[pointer] * 5, real, real],
+        "elemt": [*array, *[pointer] * 6, *tail],
+        "backward_reduce": [*array, *[pointer] * 10, *tail],
+        "backward_elemt": [*array, *[pointer] * 7, *tail],
     }.items():
         getattr(library, f"syncbn_{name}").argtypes = arguments
     return library
@@ -75,26 +76,25 @@ def absence() -> str:
 
 def serves(x: Any) -> bool:
     """Whether these kernels are there and take x, a torch tensor or an ndarray."""
-    return _library is not None and (isinstance(x, np.ndarray) or x.device.type == "cpu")
+    return _library is not None and (isinstance(x, np.ndarray) or x.is_cpu)
 
 
 def prefer_huge_pages(x: Any) -> None:
-    """Asks for huge pages for a tensor that is still to be written, where it is large enough for that to pay.
+    """Asks for huge pages for a tensor that is still to be written, of at least HUGE_BYTES.
 
     A copy into 51 MB of fresh memory took 43 ms in 4 KiB pages, 11 ms in huge ones, 7 ms into memory that had been
     used; into 4 MB 3.1 and 1.8 ms, into 2 MB 1.1 and 1.3 ms.
     """
-    if _library is not None and x.nbytes >= _HUGE_BYTES and x.is_cpu:
+    if _library is not None and x.is_cpu:
         _library.syncbn_prefer_huge_pages(x.data_ptr(), x.nbytes)
 
 
 def stats(x: Any, center: Any) -> Any:
     """Sums, sums of squares and the count of one rank's x. See the package's contract."""
-    (x,) = _dense(x)
-    n, c, s = x.shape
-    moments = _empty(x, 2 * c + 1)
-    of_x, *vectors = _addresses(x, center, moments)
-    _library.syncbn_stats(_CODES[x.dtype], of_x, n, c, s, *vectors)
+    layout = layout_of(x)
+    (x,) = _dense(layout, x)
+    moments = _empty(x, 2 * layout.flat_shape[1] + 1)
+    _library.syncbn_stats(_CODES[x.dtype], *layout.flat_shape, *_addresses(x, center, moments))
     return moments
 
 
@@ -111,16 +111,16 @@ def combine(
     mean, var, code = running_mean, running_var, 0
     if mean is not None:
         # What the library updates in place: the buffers themselves where they are as it expects them.
-        mean, var = _dense(mean, var)
-        if mean.dtype != var.dtype:
-            mean, var = _cast(mean, "float64"), _cast(var, "float64")
         code = _CODES[mean.dtype]
+        if _CODES[var.dtype] != code:
+            code = 0
+        mean, var = _vectors(code, mean, var)
     batches = num_batches_tracked
     if batches is not None and str(batches.dtype).removeprefix("torch.") != "int64":
         batches = None  # as some averages of checkpoints have it
-    addresses = _addresses(moments, center, mean, var, batches)
-    c = len(moments) // 2
-    count: float = _library.syncbn_combine(*addresses[:2], c, code, *addresses[2:], float(momentum), eps)
+    count: float = _library.syncbn_combine(
+        moments.shape[0] // 2, code, *_addresses(moments, center, mean, var, batches), float(momentum), eps
+    )
     if mean is not running_mean:
         running_mean[...] = mean
     if var is not running_var:
@@ -132,12 +132,12 @@ def combine(
 
 def elemt(x: Any, statistics: Any, weight: Any, bias: Any, y: Any, tail: Tail = PLAIN, residual: Any = None) -> None:
     """The result: y = activation((x - mean) * (invstd * weight) + bias + residual). See the package's contract."""
-    x, residual, out = _dense(x, residual, y)
-    code, weight, bias = _parameters(x, weight, bias)
+    layout, code = layout_of(y), _CODES[x.dtype]
+    x, residual, out = _dense(layout, x, residual, y)
+    weight, bias = _vectors(min(code, 1), weight, bias)
     addresses = _addresses(x, residual, out, statistics, weight, bias)
-    _library.syncbn_elemt(code, *addresses[:3], *x.shape, *addresses[3:], *_tail(x, tail))
-    if out is not y:
-        y[...] = out
+    _library.syncbn_elemt(code, *layout.flat_shape, *addresses, *_tail(x, tail))
+    _copy_back(layout, out, y)
 
 
 def backward_reduce(
@@ -153,17 +153,17 @@ def backward_reduce(
     g: Any = None,
 ) -> Any:
     """Sums of g and of g * (x - mean) of one rank. See the package's contract."""
-    dy, x, gate, out = _dense(dy, x, gate, g)
-    code, weight, bias = _parameters(x, weight, bias)
-    n, c, s = x.shape
+    layout, code = layout_of(x if g is None else g), _CODES[x.dtype]
+    dy, x, gate, out = _dense(layout, dy, x, gate, g)
+    accumulate, c = min(code, 1), layout.flat_shape[1]
+    weight, bias = _vectors(accumulate, weight, bias)
     sums = _empty(x, 2 * c)
     # The library fills gradients of the accumulate dtype, as they mostly are.
-    of_weight = None if grad_weight is None or _CODES[grad_weight.dtype] != min(code, 1) else grad_weight
-    of_bias = None if grad_bias is None or _CODES[grad_bias.dtype] != min(code, 1) else grad_bias
+    of_weight = None if grad_weight is None or _CODES[grad_weight.dtype] != accumulate else grad_weight
+    of_bias = None if grad_bias is None or _CODES[grad_bias.dtype] != accumulate else grad_bias
     addresses = _addresses(dy, x, gate, out, statistics, weight, bias, of_weight, of_bias, sums)
-    _library.syncbn_backward_reduce(code, *addresses[:4], n, c, s, *addresses[4:], *_tail(x, tail))
-    if out is not g:
-        g[...] = out
+    _library.syncbn_backward_reduce(code, *layout.flat_shape, *addresses, *_tail(x, tail))
+    _copy_back(layout, out, g)
     if of_weight is not grad_weight:
         grad_weight[...] = sums[c:] * statistics[c:-1]
     if of_bias is not grad_bias:
@@ -175,12 +175,12 @@ def backward_elemt(
     dy: Any, x: Any, statistics: Any, weight: Any, bias: Any, sums: Any, dx: Any, tail: Tail = PLAIN
 ) -> None:
     """The gradient: dx = weight * invstd * (g - sum_g / N - (x - mean) * invstd^2 * sum_g_xmu / N)."""
-    dy, x, out = _dense(dy, x, dx)
-    code, weight, bias = _parameters(x, weight, bias)
+    layout, code = layout_of(dx), _CODES[x.dtype]
+    dy, x, out = _dense(layout, dy, x, dx)
+    weight, bias = _vectors(min(code, 1), weight, bias)
     addresses = _addresses(dy, x, out, statistics, weight, bias, sums)
-    _library.syncbn_backward_elemt(code, *addresses[:3], *x.shape, *addresses[3:], *_tail(x, tail))
-    if out is not dx:
-        dx[...] = out
+    _library.syncbn_backward_elemt(code, *layout.flat_shape, *addresses, *_tail(x, tail))
+    _copy_back(layout, out, dx)
 
 
 # These run several times a layer and step, where each operation of torch's costs as much as a tiny layer's arithmetic.
@@ -199,22 +199,32 @@ def _null(x: Any) -> int:
     return 0
 
 
-def _dense(*arrays: Any) -> list[Any]:
-    """Returns each array, or a copy in C order where it has other strides or a misaligned address; None for None."""
+def _dense(layout: Layout, *arrays: Any) -> list[Any]:
+    """Returns each array, or a copy where it has other strides than the layout or is misaligned; None for None."""
     if isinstance(arrays[0], np.ndarray):
-        return [None if x is None else np.require(x, requirements=("C", "A")) for x in arrays]
-    return [x if x is None or (x.is_contiguous() and not x.is_neg()) else x.contiguous().resolve_neg() for x in arrays]
+        return [None if x is None else np.require(layout.flatten(x), requirements=("C", "A")) for x in arrays]
+    strides = layout.strides
+    return [
+        x if x is None or (x.stride() == strides and not x.is_neg()) else layout.flatten(x).contiguous().resolve_neg()
+        for x in arrays
+    ]
 
 
-def _parameters(x: Any, weight: Any, bias: Any) -> tuple[int, Any, Any]:
-    """Returns the library's number of x's dtype, and weight and bias, or None, dense in its accumulate dtype."""
-    code = _CODES[x.dtype]
-    accumulate = min(code, 1)
-    if weight is not None:
-        weight = _dense(weight if _CODES[weight.dtype] == accumulate else _cast(weight, _NAMES[accumulate]))[0]
-    if bias is not None:
-        bias = _dense(bias if _CODES[bias.dtype] == accumulate else _cast(bias, _NAMES[accumulate]))[0]
-    return code, weight, bias
+def _copy_back(layout: Layout, out: Any, y: Any) -> None:
+    """Writes out, what _dense returned for y, into y, unless they are the same memory."""
+    if out is not y and _addresses(out) != _addresses(y):
+        y[...] = layout.restore(out)
+
+
+def _vectors(code: int, *vectors: Any) -> list[Any]:
+    """Returns each vector, or a copy where it is not dense or not of that dtype; None for None."""
+    return [v if v is None or (_CODES[v.dtype] == code and _is_dense(v)) else _cast(v, _NAMES[code]) for v in vectors]
+
+
+def _is_dense(v: Any) -> bool:
+    if isinstance(v, np.ndarray):
+        return v.flags.c_contiguous and v.flags.aligned
+    return v.is_contiguous() and not v.is_neg()
 
 
 def _tail(x: Any, tail: Tail) -> tuple[int, float, float]:
@@ -222,12 +232,12 @@ def _tail(x: Any, tail: Tail) -> tuple[int, float, float]:
 
 
 def _cast(v: Any, name: str) -> Any:
-    """Returns a copy of v of that dtype."""
+    """Returns a dense copy of v of that dtype."""
     if isinstance(v, np.ndarray):
-        return v.astype(name)
+        return np.require(v, name, ("C", "A"))
     import torch
 
-    return v.detach().to(getattr(torch, name))
+    return v.detach().to(getattr(torch, name)).contiguous().resolve_neg()
 
 
 def _empty(like: Any, length: int) -> Any:
@@ -236,4 +246,4 @@ def _empty(like: Any, length: int) -> Any:
         return np.empty(length)
     import torch
 
-    return torch.empty(length, dtype=torch.float64, device="cpu")  # whatever the default device is
+    return like.new_empty_strided((length,), (1,), dtype=torch.float64)  # which its other new tensors come from, too

@@ -43,6 +43,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..layout import flatten
 from .tail import PLAIN, Tail, weight_floor
 
 Array = NDArray[Any]
@@ -65,6 +66,7 @@ def stats(x: Array, center: Array | None) -> Array:
     >>> stats(np.array([[[1.0], [4.0]], [[3.0], [4.0]]], np.float32), None)
     array([ 4.,  8., 10., 32.,  2.])
     """
+    (x,) = flatten(x)
     v = x.astype(np.float64)
     if center is not None:
         v -= _row(center)
@@ -115,6 +117,7 @@ def elemt(
     residual: Array | None = None,
 ) -> None:
     """The result: y = activation((x - mean) * (invstd * weight) + bias + residual). See the package's contract."""
+    y, x, residual = flatten(y, x, residual)
     c = x.shape[1]
     z = (x - _row(statistics[:c])) * _scale(x, statistics, weight, tail) + (0.0 if bias is None else _row(bias))
     y[...] = _forward(z if residual is None else z + residual, tail)
@@ -133,6 +136,7 @@ def backward_reduce(
     g: Array | None = None,
 ) -> Array:
     """Sums of g and of g * (x - mean) of one rank. See the package's contract."""
+    g, x, dy, gate = flatten(g, x, dy, gate) if g is not None else (None, *flatten(x, dy, gate))
     gradient, xmu = _differentiate(dy, x, statistics, weight, bias, tail, gate)
     if g is not None:
         g[...] = gradient
@@ -155,6 +159,7 @@ def backward_elemt(
     tail: Tail = PLAIN,
 ) -> None:
     """The gradient: dx = weight * invstd * (g - sum_g / N - (x - mean) * invstd^2 * sum_g_xmu / N)."""
+    dx, x, dy = flatten(dx, x, dy)
     c = x.shape[1]
     n = np.maximum(statistics[-1], 1)
     g, xmu = _differentiate(dy, x, statistics, weight, bias, tail, None)

@@ -13,7 +13,6 @@ from ..functional import batch_stats_norm, running_stats_norm
 from ..kernels import PLAIN, Tail
 
 _NOTHING = Running()
-_RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def _own(layer: nn.Module, registered: dict[str, Any], name: str) -> Any:
@@ -97,17 +96,15 @@ class SyncBatchNorm(_BatchNorm):
 
     def _normalise(self, input: Tensor, tail: Tail = PLAIN, residual: Tensor | None = None) -> Tensor:
         """Normalises input by the statistics of the batch: in evaluation, of this rank's."""
-        comm: Communicator = LocalCommunicator()
-        running = _NOTHING
-        if self.training:
-            comm = self._syncbn_group.communicator()
-            if self.track_running_stats:
-                running = self._running()
+        comm: Communicator = self._syncbn_group.communicator() if self.training else LocalCommunicator()
+        running = self._running() if self.training and self.track_running_stats else _NOTHING
         weight, bias = _own(self, self._parameters, "weight"), _own(self, self._parameters, "bias")
         return batch_stats_norm(input, self.num_features, running, weight, bias, self.eps, comm, tail, residual)
 
     def _running(self) -> Running:
-        mean, var, batches = (_own(self, self._buffers, name) for name in _RUNNING)
+        buffers = self._buffers
+        mean, var = _own(self, buffers, "running_mean"), _own(self, buffers, "running_var")
+        batches = _own(self, buffers, "num_batches_tracked")
         momentum: Any = self.momentum
         if momentum is None:
             # A cumulative average, of which this batch is one part in as many as there are with it; a tensor, as they

@@ -210,7 +210,7 @@ SYNCBN_API void syncbn_prefer_huge_pages(void* address, size_t bytes) {
 #endif
 }
 
-SYNCBN_API void syncbn_stats(int dtype, const void* x, long n, long c, long s, const double* center, double* moments) {
+SYNCBN_API void syncbn_stats(int dtype, long n, long c, long s, const void* x, const double* center, double* moments) {
   const Rows rows({n, c, s});
   std::vector<double> centers;
   if (center) centers = rows.recurring(std::vector<double>(center, center + c));
@@ -221,7 +221,7 @@ SYNCBN_API void syncbn_stats(int dtype, const void* x, long n, long c, long s, c
 }
 
 // Turns the moments of all ranks into statistics, in place; returns the count.
-SYNCBN_API double syncbn_combine(double* moments, const double* center, long c, int running_dtype, void* running_mean,
+SYNCBN_API double syncbn_combine(long c, int running_dtype, double* moments, const double* center, void* running_mean,
                                  void* running_var, int64_t* batches, double momentum, double eps) {
   const double count = moments[2 * c], elements = std::max(count, 1.0);
   std::vector<double> vars(c);
@@ -240,7 +240,7 @@ SYNCBN_API double syncbn_combine(double* moments, const double* center, long c, 
   return count;
 }
 
-SYNCBN_API void syncbn_elemt(int dtype, const void* x, const void* residual, void* y, long n, long c, long s,
+SYNCBN_API void syncbn_elemt(int dtype, long n, long c, long s, const void* x, const void* residual, void* y,
                              const double* statistics, const void* weight, const void* bias, int activation,
                              double slope, double weight_floor) {
   const Tail tail{activation, slope, weight_floor > 0};
@@ -248,8 +248,8 @@ SYNCBN_API void syncbn_elemt(int dtype, const void* x, const void* residual, voi
                                                      weight_floor);
 }
 
-SYNCBN_API void syncbn_backward_reduce(int dtype, const void* dy, const void* x, const void* gate, void* g, long n,
-                                       long c, long s, const double* statistics, const void* weight, const void* bias,
+SYNCBN_API void syncbn_backward_reduce(int dtype, long n, long c, long s, const void* dy, const void* x,
+                                       const void* gate, void* g, const double* statistics, const void* weight, const void* bias,
                                        void* grad_weight, void* grad_bias, double* sums, int activation, double slope,
                                        double weight_floor) {
   const Tail tail{activation, slope, weight_floor > 0};
@@ -257,7 +257,7 @@ SYNCBN_API void syncbn_backward_reduce(int dtype, const void* dy, const void* x,
       dtype, dy, x, gate, g, {n, c, s}, statistics, weight, bias, grad_weight, grad_bias, tail, weight_floor, sums);
 }
 
-SYNCBN_API void syncbn_backward_elemt(int dtype, const void* dy, const void* x, void* dx, long n, long c, long s,
+SYNCBN_API void syncbn_backward_elemt(int dtype, long n, long c, long s, const void* dy, const void* x, void* dx,
                                       const double* statistics, const void* weight, const void* bias,
                                       const double* sums, int activation, double slope, double weight_floor) {
   const Tail tail{activation, slope, weight_floor > 0};
