@@ -10,6 +10,7 @@
 namespace {
 
 using simd::load;
+using simd::load_half;
 using simd::load_pair;
 using simd::Pair;
 
@@ -131,6 +132,10 @@ template <class T> struct AffineOf {
       : mean((const A<T>*)k.mean), scale((const A<T>*)k.scale), bias((const A<T>*)k.bias) {}
   template <class V> Affine<V> channel(long c) const { return {splat<V>(mean[c]), splat<V>(scale[c]), splat<V>(bias[c])}; }
   template <class V> Affine<V> channels(long c) const { return {load<V>(mean + c), load<V>(scale + c), load<V>(bias + c)}; }
+  template <class V, bool kSecond> Affine<V> half(long c) const {
+    const auto of = [c](const A<T>* v) { return load_half<T, kSecond, V>(v + c); };
+    return {of(mean), of(scale), of(bias)};
+  }
 };
 
 // y = activation(z + residual)
@@ -142,6 +147,7 @@ template <class T, class Activation, bool kResidual> struct Normalise {
   bool streaming;
   template <class V> Affine<V> channel(long c) const { return affine.template channel<V>(c); }
   template <class V> Affine<V> channels(long c) const { return affine.template channels<V>(c); }
+  template <class V, bool kSecond> Affine<V> half(long c) const { return affine.template half<V, kSecond>(c); }
   template <int kCount> SYNCBN_INLINE void prefetch(long i) const {
     simd::prefetch<kCount>(x + i);
     if constexpr (kResidual) simd::prefetch<kCount>(residual + i);
@@ -151,9 +157,9 @@ template <class T, class Activation, bool kResidual> struct Normalise {
     if constexpr (kResidual) z = z + load<V>(residual + i);
     simd::put(activation.forward(z), out + i, streaming);
   }
-  template <class V> SYNCBN_INLINE void put_pair(long i, const Affine<V>& k) const {
+  template <class V> SYNCBN_INLINE void put_pair(long i, const Affine<V>& k, const Affine<V>& l) const {
     const Pair<V> v = load_pair<V>(x + i);
-    Pair<V> z{k(v.first), k(v.second)};
+    Pair<V> z{k(v.first), l(v.second)};
     if constexpr (kResidual) {
       const Pair<V> r = load_pair<V>(residual + i);
       z = {z.first + r.first, z.second + r.second};
@@ -197,11 +203,11 @@ template <class T, class Activation, Source kSource> struct Differentiate {
     if constexpr (kSource == Source::kGated) return of(load<V>(dy + i), load<V>(x + i), load<V>(gate + i), k);
     else return of(load<V>(dy + i), load<V>(x + i), V{}, k);
   }
-  template <class V> SYNCBN_INLINE Pair<Terms<V>> pair(long i, const Affine<V>& k) const {
+  template <class V> SYNCBN_INLINE Pair<Terms<V>> pair(long i, const Affine<V>& k, const Affine<V>& l) const {
     const Pair<V> g = load_pair<V>(dy + i), v = load_pair<V>(x + i);
     Pair<V> other{};
     if constexpr (kSource == Source::kGated) other = load_pair<V>(gate + i);
-    return {of(g.first, v.first, other.first, k), of(g.second, v.second, other.second, k)};
+    return {of(g.first, v.first, other.first, k), of(g.second, v.second, other.second, l)};
   }
 };
 
@@ -255,13 +261,17 @@ template <class T, class Activation, Source kSource> struct InputGradient {
   template <class V> Gradient<V> channels(long c) const {
     return {terms.affine.template channels<V>(c), load<V>(slope + c), load<V>(mean_dy + c), load<V>(scale + c)};
   }
+  template <class V, bool kSecond> Gradient<V> half(long c) const {
+    const auto of = [c](const A<T>* v) { return load_half<T, kSecond, V>(v + c); };
+    return {terms.affine.template half<V, kSecond>(c), of(slope), of(mean_dy), of(scale)};
+  }
   template <int kCount> SYNCBN_INLINE void prefetch(long i) const { terms.template prefetch<kCount>(i); }
   template <class V> SYNCBN_INLINE void put(long i, const Gradient<V>& k) const {
     simd::put(of(terms(i, k.affine), k), out + i, streaming);
   }
-  template <class V> SYNCBN_INLINE void put_pair(long i, const Gradient<V>& k) const {
-    const Pair<Terms<V>> t = terms.pair(i, k.affine);
-    simd::put_pair(Pair<V>{of(t.first, k), of(t.second, k)}, out + i, streaming);
+  template <class V> SYNCBN_INLINE void put_pair(long i, const Gradient<V>& k, const Gradient<V>& l) const {
+    const Pair<Terms<V>> t = terms.pair(i, k.affine, l.affine);
+    simd::put_pair(Pair<V>{of(t.first, k), of(t.second, l)}, out + i, streaming);
   }
   template <class V> static SYNCBN_INLINE V of(const Terms<V>& t, const Gradient<V>& k) {
     return (t.g - t.xmu * k.slope - k.mean_dy) * k.scale;

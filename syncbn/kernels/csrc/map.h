@@ -6,7 +6,8 @@
 //     channels<V>(c)    the constants of channels c, c + 1, ..., a lane each (s == 1: a row has them all)
 //     prefetch<k>(i)    fetches what put reads of elements i, ..., i + k - 1
 //     put<V>(i, k)      writes elements i, i + 1, ... of `out`, past the caches where `streaming` says so
-//     put_pair<V>(i, k) writes as many as two V take, for which all constants are one channel's
+//     half<V, kSecond>(c)   those of the channels from c on that put_pair has in its first, or its second, vector
+//     put_pair<V>(i, k, l)  writes as many elements as two V take, with the constants k and l of the one and the other
 #pragma once
 
 #include <cstdint>
@@ -49,11 +50,11 @@ template <class V, class S, class Op> inline void map_rows(const Op& given, Shap
       for (const long head = std::min(end, i + to_boundary<V>(op.out + i)); i < head; ++i) op.put(i, u);
     for (; i + 2 * lanes <= std::min(end, fetch.turn); i += 2 * lanes) {
       op.template prefetch<2 * lanes>(i + fetch.before);
-      op.put_pair(i, v);
+      op.put_pair(i, v, v);
     }
     for (; i + 2 * lanes <= end; i += 2 * lanes) {
       op.template prefetch<2 * lanes>(i + fetch.after);
-      op.put_pair(i, v);
+      op.put_pair(i, v, v);
     }
     if (i + lanes <= end) op.put(i, v), i += lanes;
     for (; i < end; ++i) op.put(i, u);
@@ -65,11 +66,11 @@ template <class V, class S, int kCount, class Op> SYNCBN_INLINE void map_columns
   constexpr int lanes = simd::Lanes<V>::value;
   long j = 0;
   for (; j + 2 * lanes <= c; j += 2 * lanes) {
-    const auto k0 = op.template channels<V>(j), k1 = op.template channels<V>(j + lanes);
+    const auto k = op.template half<V, false>(j), l = op.template half<V, true>(j);
 #pragma GCC unroll 4
     for (int r = 0; r < kCount; ++r) {
       op.template prefetch<2 * lanes>(row + kCount * j + r * 2 * lanes + ahead);
-      op.put(row + r * c + j, k0), op.put(row + r * c + j + lanes, k1);
+      op.put_pair(row + r * c + j, k, l);
     }
   }
   for (; j + lanes <= c; j += lanes)

@@ -282,29 +282,60 @@ template <class V, class T> inline void put(V v, T* p, [[maybe_unused]] bool str
 
 template <class V> struct Pair { V first, second; };
 
-// Of bfloat16 those with even and those with odd numbers, which are widened by a shift and by a mask.
+// Of bfloat16 those that stand low and those that stand high in each 128 bits: so no element changes its 128 bits when it
+// is widened, nor when it is narrowed. Of other types the lower and the upper half.
+template <class T> constexpr bool kByLane = std::is_same_v<T, bfloat16> &&
+#if defined(__AVX2__)
+                                            true;
+#else
+                                            false;
+#endif
+
 template <class V, class T> SYNCBN_INLINE Pair<V> load_pair(const T* p) {
-  if constexpr (std::is_same_v<T, bfloat16>) {
-    const auto both = raw<Bits<Float>::U32>(p);
-    return {bits_of<V>(both << 16), bits_of<V>(both & 0xffff0000)};
-  } else {
-    return {load<V>(p), load<V>(p + Lanes<V>::value)};
+#if defined(__AVX512F__)
+  if constexpr (kByLane<T>) {
+    const __m512i v = raw<__m512i>(p), zero = _mm512_setzero_si512();
+    return {bits_of<V>(_mm512_unpacklo_epi16(zero, v)), bits_of<V>(_mm512_unpackhi_epi16(zero, v))};
   }
+#elif defined(__AVX2__)
+  if constexpr (kByLane<T>) {
+    const __m256i v = raw<__m256i>(p), zero = _mm256_setzero_si256();
+    return {bits_of<V>(_mm256_unpacklo_epi16(zero, v)), bits_of<V>(_mm256_unpackhi_epi16(zero, v))};
+  }
+#endif
+  return {load<V>(p), load<V>(p + Lanes<V>::value)};
+}
+
+// Those of the numbers at p, one for each element that load_pair has of T, which go with its first or its second.
+template <class T, bool kSecond, class V, class S> SYNCBN_INLINE V load_half(const S* p) {
+#if defined(__AVX512F__)
+  if constexpr (kByLane<T>)
+    return bits_of<V>(_mm512_shuffle_f32x4(raw<__m512>(p), raw<__m512>(p + 16), kSecond ? 0xdd : 0x88));
+#elif defined(__AVX2__)
+  if constexpr (kByLane<T>) {
+    p += kSecond ? 4 : 0;
+    return bits_of<V>(_mm256_insertf128_ps(_mm256_castps128_ps256(raw<__m128>(p)), raw<__m128>(p + 8), 1));
+  }
+#endif
+  return load<V>(p + (kSecond ? Lanes<V>::value : 0));
 }
 
 template <class V, class T> SYNCBN_INLINE void put_pair(const Pair<V>& v, T* p, bool streaming) {
-  if constexpr (std::is_same_v<T, bfloat16>) {
-    typedef Bits<Float>::U32 U32;
-    const U32 both = (rounded(v.first) >> 16) | (rounded(v.second) & 0xffff0000);
-#if defined(__AVX__)
-    if (streaming) return stream_bytes(bits_of<typename Bytes<kBytes>::type>(both), p);
+#if defined(__AVX2__)
+  if constexpr (kByLane<T>) {
+    const auto first = rounded(v.first) >> 16, second = rounded(v.second) >> 16;
+    using Vector = typename Bytes<kBytes>::type;
+#if defined(__AVX512F__)
+    const Vector both = _mm512_packus_epi32(bits_of<Vector>(first), bits_of<Vector>(second));
 #else
-    (void)streaming;
+    const Vector both = _mm256_packus_epi32(bits_of<Vector>(first), bits_of<Vector>(second));
 #endif
-    std::memcpy(p, &both, sizeof both);
-  } else {
-    put(v.first, p, streaming), put(v.second, p + Lanes<V>::value, streaming);
+    if (streaming) stream_bytes(both, p);
+    else std::memcpy(p, &both, sizeof both);
+    return;
   }
+#endif
+  put(v.first, p, streaming), put(v.second, p + Lanes<V>::value, streaming);
 }
 
 // ---- arithmetic ---------------------------------------------------------------------------------------------------
