@@ -1,6 +1,6 @@
 """Runs the tests of the CPU kernels on kernels compiled with AddressSanitizer and UndefinedBehaviorSanitizer.
 
-    python tests/sanitize.py [arguments of pytest; without files it runs tests/test_kernels.py]
+    python tests/sanitize.py [arguments of pytest; without files it runs test_kernels.py and test_kernels_memory.py]
 
 Not part of the test suite, for it compiles for minutes per instruction set. It wants GCC on Linux and an environment
 in which the tests run. For each instruction set that this processor has, syncbn is installed from the checkout into an
@@ -25,7 +25,13 @@ ROOT = Path(__file__).resolve().parent.parent
 INSTRUCTION_SETS = ["baseline", "avx2", "avx512"]
 FLAGS = "-fsanitize=address,undefined -fno-omit-frame-pointer -g"
 # A sanitizer that ends the process must not be captured, or its report would be lost.
-PYTEST = ["-p", "no:cacheprovider", "-o", "testpaths=tests/test_kernels.py", "--capture=sys"]
+PYTEST = [
+    "-p",
+    "no:cacheprovider",
+    "-o",
+    "testpaths=tests/test_kernels.py tests/test_kernels_memory.py",
+    "--capture=sys",
+]
 
 # What an environment's Python runs before the tests; x and moments are as the kernels want them, but for one thing.
 LOADED = "from syncbn.kernels import cpu; print(cpu.instruction_set(), cpu._library._name)"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from steps import rounded
 
-from syncbn.kernels import Tail, aten, cpu, reference, select
+from syncbn.kernels import aten, cpu, reference, select
 
 SHAPES = [(5, 3, 7), (1, 1, 1), (4, 1, 9), (9, 6, 1), (1, 300, 2), (0, 4, 3), (3, 4, 0), (2, 2, 49)]
 SHAPES += [(9, 2, 601), (5, 48, 1)]  # of which results may go past the caches
@@ -328,54 +328,3 @@ def test_cpu_kernels_keep_nan_and_infinity(value, dtype):
     assert not torch.isfinite(y[0, 1, 7])
     assert torch.isfinite(y[:, ::2]).all()
     assert not torch.isfinite(cpu.stats(x, None)[1])
-
-
-@pytest.mark.parametrize("make", ["strided", "fortran", "readonly", "misaligned", "negative"])
-def test_cpu_kernels_take_every_ndarray(make):
-    plain = np.random.default_rng(0).standard_normal((4, 3, 6)).astype(np.float32)
-    statistics = np.ones(7)
-    x = {
-        "strided": lambda: np.repeat(plain, 2, 2)[:, :, ::2],
-        "fortran": lambda: np.asfortranarray(plain),
-        "readonly": lambda: np.frombuffer(plain.tobytes(), np.float32).reshape(plain.shape),
-        "misaligned": lambda: np.frombuffer(b"x" + plain.tobytes(), np.float32, offset=1).reshape(plain.shape),
-        "negative": lambda: np.flip(np.flip(plain, (0, 2)).copy(), (0, 2)),
-    }[make]()
-    np.testing.assert_array_equal(x, plain)
-    np.testing.assert_array_equal(filled(cpu.elemt, x, statistics, None, None), plain - 1)
-    y = np.zeros((3, 8, 6), np.float32).swapaxes(0, 1)[::2]
-    cpu.elemt(x, statistics, None, None, y)
-    np.testing.assert_array_equal(y, plain - 1)
-    np.testing.assert_allclose(cpu.stats(x, None), reference.stats(plain, None), **SUM)
-
-
-def test_temporaries_do_not_grow_with_the_input():
-    """No operation on the way makes an array larger than a tile."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and not func.is_view and func.overloadpacket.__name__[-1] != "_":
-                sizes.append((out.numel(), str(func)))
-            return out
-
-    aten._TILE_CPU = 1 << 10
-    x = torch.randn(4, 16, 4096)
-    vector, statistics, out = torch.ones(16), torch.ones(33, dtype=torch.float64), torch.empty_like(x)
-    for call in (
-        lambda: aten.stats(x, None),
-        lambda: aten.elemt(x, statistics, vector, vector, out),
-        lambda: aten.elemt(x, statistics, vector, vector, out, Tail("silu"), x),
-        lambda: aten.backward_reduce(x, x, statistics, vector, vector),
-        lambda: aten.backward_reduce(x, x, statistics, vector, vector, vector, vector, Tail("silu"), x, out),
-        lambda: aten.backward_elemt(x, x, statistics, vector, vector, torch.ones(32), out),
-        lambda: aten.backward_elemt(
-            x, x, statistics, vector, vector, torch.ones(32), out, Tail("leaky_relu", 0.1, True)
-        ),
-    ):
-        sizes = []
-        with Largest():
-            call()
-        assert [name for numel, name in sizes if numel > 1 << 10] == []
-        assert len(sizes) > 10

@@ -1,0 +1,107 @@
+"""What memory the kernels take, any format of torch's and any ndarray, and how little they use themselves."""
+
+import numpy as np
+import pytest
+import torch
+from test_kernels import ELEMENT, IMPLEMENTATIONS, SUM, filled
+
+from syncbn.kernels import Tail, aten, cpu, reference
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request, monkeypatch):
+    return IMPLEMENTATIONS[request.param].set_up(monkeypatch, request)
+
+
+def as_stored(array, order):
+    """A copy of an (N, C, H, W) array in that memory format; 'gaps' has them between its elements."""
+    if order == "contiguous":
+        return array.copy()
+    if order == "channels_last":
+        return np.moveaxis(np.moveaxis(array, 1, -1).copy(), -1, 1)
+    if order == "transposed":
+        return array.swapaxes(2, 3).copy().swapaxes(2, 3)
+    return np.repeat(array, 2, 3)[..., ::2]
+
+
+@pytest.mark.parametrize("order_of_dy", ["contiguous", "channels_last", "transposed", "gaps"])
+@pytest.mark.parametrize("order", ["contiguous", "channels_last", "transposed", "gaps"])
+def test_batches_are_taken_in_any_memory_format(implementation, order, order_of_dy):
+    rng = np.random.default_rng(0)
+    x, dy = rng.standard_normal((2, 2, 5, 4, 3)).astype(np.float32)
+    statistics, sums = np.append(rng.uniform(0.5, 1.5, 10), 24.0), rng.standard_normal(10)
+    flat_x, flat_dy = x.reshape(2, 5, 12), dy.reshape(2, 5, 12)
+    stored = []
+    for array, axes in ((x, order), (dy, order_of_dy)):
+        stored.append(as_stored(array, axes))
+        if implementation.library == "torch":
+            stored[-1] = torch.from_numpy(stored[-1])  # keeps the strides
+    found_x, found_dy = stored
+    statistics_, sums_ = implementation.arrays(statistics, sums)
+    np.testing.assert_allclose(implementation.stats(found_x, None), reference.stats(flat_x, None), **SUM)
+    np.testing.assert_allclose(
+        implementation.backward_reduce(found_dy, found_x, statistics_, None, None),
+        reference.backward_reduce(flat_dy, flat_x, statistics, None, None),
+        **SUM,
+    )
+    for written in ("contiguous", "channels_last"):
+        y, dx = (as_stored(np.full_like(x, np.nan), written) for _ in range(2))
+        if implementation.library == "torch":
+            y, dx = torch.from_numpy(y), torch.from_numpy(dx)
+        implementation.elemt(found_x, statistics_, None, None, y)
+        implementation.backward_elemt(found_dy, found_x, statistics_, None, None, sums_, dx)
+        expected = filled(reference.elemt, flat_x, statistics, None, None)
+        np.testing.assert_allclose(np.asarray(y).reshape(2, 5, 12), expected, **ELEMENT)
+        expected = filled(reference.backward_elemt, flat_dy, flat_x, statistics, None, None, sums)
+        np.testing.assert_allclose(np.asarray(dx).reshape(2, 5, 12), expected, rtol=2.0**-20, atol=2.0**-20)
+
+
+@pytest.mark.parametrize("make", ["strided", "fortran", "readonly", "misaligned", "negative"])
+def test_cpu_kernels_take_every_ndarray(make):
+    plain = np.random.default_rng(0).standard_normal((4, 3, 6)).astype(np.float32)
+    statistics = np.ones(7)
+    x = {
+        "strided": lambda: np.repeat(plain, 2, 2)[:, :, ::2],
+        "fortran": lambda: np.asfortranarray(plain),
+        "readonly": lambda: np.frombuffer(plain.tobytes(), np.float32).reshape(plain.shape),
+        "misaligned": lambda: np.frombuffer(b"x" + plain.tobytes(), np.float32, offset=1).reshape(plain.shape),
+        "negative": lambda: np.flip(np.flip(plain, (0, 2)).copy(), (0, 2)),
+    }[make]()
+    np.testing.assert_array_equal(x, plain)
+    np.testing.assert_array_equal(filled(cpu.elemt, x, statistics, None, None), plain - 1)
+    y = np.zeros((3, 8, 6), np.float32).swapaxes(0, 1)[::2]
+    cpu.elemt(x, statistics, None, None, y)
+    np.testing.assert_array_equal(y, plain - 1)
+    np.testing.assert_allclose(cpu.stats(x, None), reference.stats(plain, None), **SUM)
+
+
+def test_temporaries_do_not_grow_with_the_input(monkeypatch):
+    """No operation on the way makes an array larger than a tile."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and not func.is_view and func.overloadpacket.__name__[-1] != "_":
+                sizes.append((out.numel(), str(func)))
+            return out
+
+    monkeypatch.setattr(aten, "_TILE_CPU", 1 << 10)
+    x = torch.randn(4, 16, 4096)
+    vector, statistics, out = torch.ones(16), torch.ones(33, dtype=torch.float64), torch.empty_like(x)
+    for call in (
+        lambda: aten.stats(x, None),
+        lambda: aten.elemt(x, statistics, vector, vector, out),
+        lambda: aten.elemt(x, statistics, vector, vector, out, Tail("silu"), x),
+        lambda: aten.backward_reduce(x, x, statistics, vector, vector),
+        lambda: aten.backward_reduce(x, x, statistics, vector, vector, vector, vector, Tail("silu"), x, out),
+        lambda: aten.backward_elemt(x, x, statistics, vector, vector, torch.ones(32), out),
+        lambda: aten.backward_elemt(
+            x, x, statistics, vector, vector, torch.ones(32), out, Tail("leaky_relu", 0.1, True)
+        ),
+    ):
+        sizes = []
+        with Largest():
+            call()
+        assert [name for numel, name in sizes if numel > 1 << 10] == []
+        assert len(sizes) > 10
