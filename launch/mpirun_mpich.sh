@@ -23,16 +23,29 @@ PYTHON="${PYTHON:-python}"
 MPIEXEC="${MPIEXEC:-mpiexec}"
 NP="${NP:-2}"
 HOSTS="${HOSTS:-}"
+BIND="${BIND:-1}"
+given=(PYTHON)
 numbers=(NP PPN OMP_NUM_THREADS)
+commands=(PYTHON MPIEXEC)
 # What cannot be is refused before anything is started; the same lines in every file of this folder.
 refuse() {
   echo "expected $1; got '$2': $3" >&2
   exit 2
 }
+for name in "${given[@]}"; do
+  remedy="see ${0##*/} --help"
+  [[ $name != SLURM_* ]] || remedy="start this file with sbatch"
+  [[ -n ${!name:-} ]] || refuse "$name to be set" "" "$remedy"
+done
 for name in "${numbers[@]}"; do
   [[ ${!name:-1} =~ ^[1-9][0-9]{0,8}$ ]] || refuse "$name to be a whole number from 1" "${!name}" "set it to such a number"
 done
-command -v "$PYTHON" >/dev/null || refuse "PYTHON to be a command" "$PYTHON" "set it to your environment's python"
+for name in "${commands[@]}"; do
+  type -P "${!name}" >/dev/null || refuse "$name to be a program" "${!name}" "set it to a name on PATH, or to a path"
+done
+[[ $BIND =~ ^[01]$ ]] || refuse "BIND to be 0 or 1" "$BIND" "set it to one of them, or leave it out"
+host='[^,:[:space:]]+(:[1-9][0-9]{0,8})?'
+[[ -z $HOSTS || $HOSTS =~ ^$host(,$host)*$ ]] || refuse "HOSTS to be name,..." "$HOSTS" "separate names by commas"
 commas="${HOSTS//[^,]/}"
 machines=$((${#commas} + 1))
 PPN="${PPN:-$(((NP + machines - 1) / machines))}"
@@ -66,7 +79,7 @@ command=("$MPIEXEC" -n "$NP")
 [[ -z $HOSTS ]] || command+=(-hosts "$HOSTS" -ppn "$PPN")
 # Each rank stays on cores of its own: threads that wander lose their caches. Too few cores: share them all.
 bind=0
-if [[ ${BIND:-1} == 1 ]] && ((PPN * OMP_NUM_THREADS <= ${#cores[@]})); then
+if [[ $BIND == 1 ]] && ((PPN * OMP_NUM_THREADS <= ${#cores[@]})); then
   bind=1
 fi
 if [[ $("$MPIEXEC" --version 2>/dev/null) == *Intel* ]]; then

@@ -21,22 +21,35 @@ if [[ $# == 0 || $1 == -h || $1 == --help ]]; then
   exit 0
 fi
 PYTHON="${PYTHON:-python}"
+MPIRUN="${MPIRUN:-mpirun}"
 NP="${NP:-2}"
 HOSTS="${HOSTS:-}"
+BIND="${BIND:-1}"
+given=(PYTHON)
 numbers=(NP OMP_NUM_THREADS)
+commands=(PYTHON MPIRUN)
 # What cannot be is refused before anything is started; the same lines in every file of this folder.
 refuse() {
   echo "expected $1; got '$2': $3" >&2
   exit 2
 }
+for name in "${given[@]}"; do
+  remedy="see ${0##*/} --help"
+  [[ $name != SLURM_* ]] || remedy="start this file with sbatch"
+  [[ -n ${!name:-} ]] || refuse "$name to be set" "" "$remedy"
+done
 for name in "${numbers[@]}"; do
   [[ ${!name:-1} =~ ^[1-9][0-9]{0,8}$ ]] || refuse "$name to be a whole number from 1" "${!name}" "set it to such a number"
 done
-command -v "$PYTHON" >/dev/null || refuse "PYTHON to be a command" "$PYTHON" "set it to your environment's python"
+for name in "${commands[@]}"; do
+  type -P "${!name}" >/dev/null || refuse "$name to be a program" "${!name}" "set it to a name on PATH, or to a path"
+done
+[[ $BIND =~ ^[01]$ ]] || refuse "BIND to be 0 or 1" "$BIND" "set it to one of them, or leave it out"
+host='[^,:[:space:]]+(:[1-9][0-9]{0,8})?'
+[[ -z $HOSTS || $HOSTS =~ ^$host(,$host)*$ ]] || refuse "HOSTS to be name:ranks,..." "$HOSTS" "set whole numbers from 1"
 first="${HOSTS%%,*}"
 local_ranks="$NP"
 [[ $first == *:* ]] && local_ranks="${first##*:}"
-[[ $local_ranks =~ ^[1-9][0-9]{0,8}$ ]] || refuse "HOSTS to be name:ranks,..." "$HOSTS" "set whole numbers from 1"
 # The physical cores that this shell may use, one CPU of each.
 read -ra cores <<<"$("$PYTHON" -c '
 import os
@@ -63,10 +76,10 @@ export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
 # NCCL gives reasons for its errors.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 
-command=("${MPIRUN:-mpirun}" -n "$NP")
+command=("$MPIRUN" -n "$NP")
 [[ -z $HOSTS ]] || command+=(--host "$HOSTS")
 # Each rank stays on cores of its own: threads that wander lose their caches. Too few cores: share them all.
-if [[ ${BIND:-1} == 1 ]] && ((local_ranks * OMP_NUM_THREADS <= ${#cores[@]})); then
+if [[ $BIND == 1 ]] && ((local_ranks * OMP_NUM_THREADS <= ${#cores[@]})); then
   command+=(--map-by "slot:PE=$OMP_NUM_THREADS" --bind-to core)
 else
   command+=(--oversubscribe --bind-to none)

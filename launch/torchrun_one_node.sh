@@ -18,16 +18,27 @@ fi
 PYTHON="${PYTHON:-python}"
 gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU' || true)
 NPROC="${NPROC:-$((gpus > 0 ? gpus : 2))}"
+BIND="${BIND:-$((gpus == 0))}"
+given=(PYTHON)
 numbers=(NPROC OMP_NUM_THREADS)
+commands=(PYTHON)
 # What cannot be is refused before anything is started; the same lines in every file of this folder.
 refuse() {
   echo "expected $1; got '$2': $3" >&2
   exit 2
 }
+for name in "${given[@]}"; do
+  remedy="see ${0##*/} --help"
+  [[ $name != SLURM_* ]] || remedy="start this file with sbatch"
+  [[ -n ${!name:-} ]] || refuse "$name to be set" "" "$remedy"
+done
 for name in "${numbers[@]}"; do
   [[ ${!name:-1} =~ ^[1-9][0-9]{0,8}$ ]] || refuse "$name to be a whole number from 1" "${!name}" "set it to such a number"
 done
-command -v "$PYTHON" >/dev/null || refuse "PYTHON to be a command" "$PYTHON" "set it to your environment's python"
+for name in "${commands[@]}"; do
+  type -P "${!name}" >/dev/null || refuse "$name to be a program" "${!name}" "set it to a name on PATH, or to a path"
+done
+[[ $BIND =~ ^[01]$ ]] || refuse "BIND to be 0 or 1" "$BIND" "set it to one of them, or leave it out"
 # The physical cores that this shell may use, one CPU of each.
 read -ra cores <<<"$("$PYTHON" -c '
 import os
@@ -56,7 +67,6 @@ export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 
 # Each rank stays on cores of its own: threads that wander lose their caches. GPUs' ranks wait more than they compute.
 run=("$PYTHON")
-BIND="${BIND:-$((gpus == 0))}"
 if [[ $BIND == 1 ]] && ((NPROC * OMP_NUM_THREADS <= ${#cores[@]})) && command -v taskset >/dev/null; then
   export CORES="${cores[*]}"
   # shellcheck disable=SC2016  # each rank expands it

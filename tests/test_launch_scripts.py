@@ -1,5 +1,6 @@
 """The files in launch/ that users copy: they explain themselves, agree with each other, and start ranks."""
 
+import itertools
 import os
 import re
 import shutil
@@ -159,18 +160,13 @@ def physical_cores():
     return {Path(file).read_text() if Path(file).exists() else file for file in files}
 
 
-@pytest.mark.parametrize("missing", ["NODES", "NODE_RANK", "MASTER_ADDR"])
-def test_a_missing_variable_is_named(missing):
-    given = {"NODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "node0"}
-    del given[missing]
-    result = run(FOLDER / "torchrun_nodes.sh", "train.py", **given)
-    assert result.returncode
-    assert f"{missing}: expected {missing}, the" in result.stderr
-
-
 def refusals(path):
     """The lines of a script that refuse what cannot be."""
-    return path.read_text().partition("# What cannot be is refused")[2].partition('command -v "$PYTHON"')[0]
+    return (
+        path.read_text()
+        .partition("# What cannot be is refused")[2]
+        .partition('set it to a name on PATH, or to a path"\ndone\n')[0]
+    )
 
 
 def test_all_files_refuse_by_the_same_lines():
@@ -178,43 +174,75 @@ def test_all_files_refuse_by_the_same_lines():
     assert refusals(SCRIPTS[0])
 
 
-JOB = {"SLURM_JOB_ID": "7", "NODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "node0"}  # what some must be given
+JOB = {  # what some must be given
+    "NODES": "2",
+    "NODE_RANK": "0",
+    "MASTER_ADDR": "node0",
+    "SLURM_JOB_ID": "7",
+    "SLURM_JOB_NODELIST": "node[0-1]",
+    "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_NTASKS": "4",
+    "SLURM_NTASKS_PER_NODE": "2",
+}
+GIVEN = {
+    "torchrun_nodes.sh": ("NODES", "NODE_RANK", "MASTER_ADDR"),
+    "slurm_torchrun.sbatch": ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_JOB_NUM_NODES"),
+    "slurm_srun.sbatch": ("SLURM_JOB_ID",),
+    "slurm_mpirun.sbatch": ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE"),
+}
 NUMBERS = {
     "mpirun_openmpi.sh": ("NP",),
     "mpirun_mpich.sh": ("NP", "PPN"),
     "torchrun_one_node.sh": ("NPROC",),
     "torchrun_nodes.sh": ("NPROC", "NODES", "MASTER_PORT"),
-    "slurm_torchrun.sbatch": ("NPROC", "MASTER_PORT"),
-    "slurm_srun.sbatch": (),
-    "slurm_mpirun.sbatch": (),
+    "slurm_torchrun.sbatch": ("NPROC", "MASTER_PORT", "SLURM_CPUS_PER_TASK", "SLURM_JOB_ID"),
+    "slurm_srun.sbatch": ("SLURM_CPUS_PER_TASK",),
+    "slurm_mpirun.sbatch": ("SLURM_CPUS_PER_TASK", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE"),
+}
+COMMANDS = {"mpirun_openmpi.sh": "MPIRUN", "slurm_mpirun.sbatch": "MPIRUN", "mpirun_mpich.sh": "MPIEXEC"}
+TWO = "set it to one of them, or leave it out"
+OTHERS = {
+    "torchrun_nodes.sh": [
+        *(
+            ("NODE_RANK", v, "a whole number below NODES=2", "number the machines from 0")
+            for v in ("2", "x", "-1", "01")
+        ),
+        ("MASTER_PORT", "99999", "at most 65535", "choose one from 1024 on"),
+        ("MASTER_ADDR", "a b", "a name or an address", "give one of machine 0"),
+    ],
+    "mpirun_openmpi.sh": [
+        ("HOSTS", v, "name:ranks,...", "set whole numbers from 1")
+        for v in ("node0:x,node1:2", "node0:2,node1:y", "node0:0", "node0 node1", "node0,,node1")
+    ],
+    "mpirun_mpich.sh": [("HOSTS", v, "name,...", "separate names by commas") for v in ("a b", "a,", "localhost:0")],
 }
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
 def test_what_cannot_be_is_refused_before_anything_is_started(path, tmp_path):
     cases = [
-        (name, value, f"{name} to be a whole number from 1", "set it to such a number")
+        (name, value, "a whole number from 1", "set it to such a number")
         for name in (*NUMBERS[path.name], "OMP_NUM_THREADS")
-        for value in ("0", "abc", "-1", "08", "2 3")
+        for value in ("0", "abc", "-1", "08", "2 3", "1234567890")
     ]
-    missing = str(tmp_path / "missing")
-    cases.append(("PYTHON", missing, "PYTHON to be a command", "set it to your environment's python"))
-    if path.name == "torchrun_nodes.sh":
-        below = "NODE_RANK to be a whole number below NODES=2", "number the machines from 0"
-        cases += [("NODE_RANK", value, *below) for value in ("2", "x", "-1", "01")]
-    if path.name == "mpirun_openmpi.sh":
-        cases.append(("HOSTS", "node0:x,node1:2", "HOSTS to be name:ranks,...", "set whole numbers from 1"))
-    for name, value, expected, remedy in cases:
-        result = run(path, "train.py", **(JOB | {name: value}))
+    commands = ("PYTHON", COMMANDS[path.name]) if path.name in COMMANDS else ("PYTHON",)
+    for name, value in itertools.product(commands, (str(tmp_path / "missing"), "if")):
+        cases.append((name, value, "a program", "set it to a name on PATH, or to a path"))
+    if "BIND" in path.read_text():
+        cases += [("BIND", value, "0 or 1", TWO) for value in ("abc", "2")]
+    programs = dict.fromkeys(commands, sys.executable)
+    for name, value, expected, remedy in cases + OTHERS.get(path.name, []):
+        result = run(path, "train.py", **(JOB | programs | {name: value}))
         assert (result.returncode, result.stdout) == (2, ""), (name, value)
-        assert result.stderr == f"expected {expected}; got '{value}': {remedy}\n"
+        assert result.stderr == f"expected {name} to be {expected}; got '{value}': {remedy}\n"
 
 
-@pytest.mark.parametrize("path", [path for path in SCRIPTS if path.suffix == ".sbatch"], ids=name_of)
-def test_a_batch_file_outside_of_slurm_says_so(path):
-    result = run(path, "train.py")
-    assert result.returncode
-    assert "SLURM_JOB_ID: expected a Slurm job: start this file with sbatch" in result.stderr
+@pytest.mark.parametrize(("script", "missing"), [(script, name) for script, names in GIVEN.items() for name in names])
+def test_a_missing_variable_is_named(script, missing):
+    result = run(FOLDER / script, "train.py", **{name: value for name, value in JOB.items() if name != missing})
+    remedy = "start this file with sbatch" if missing.startswith("SLURM") else f"see {script} --help"
+    assert result.returncode == 2
+    assert result.stderr == f"expected {missing} to be set; got '': {remedy}\n"
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=name_of)
