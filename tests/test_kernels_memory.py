@@ -1,4 +1,7 @@
-"""What memory the kernels take, any format of torch's and any ndarray, and how little they use themselves."""
+"""What memory the kernels take, any format and any ndarray, how little they use, and how threads share it."""
+
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -105,3 +108,46 @@ def test_temporaries_do_not_grow_with_the_input(monkeypatch):
             call()
         assert [name for numel, name in sizes if numel > 1 << 10] == []
         assert len(sizes) > 10
+
+
+@pytest.fixture(params=[2, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tail", [Tail(), Tail("relu")], ids=lambda tail: tail.activation)
+@pytest.mark.parametrize("shape", [(3, 25, 1001), (70, 1031, 1), (2, 3, 30011), (30011, 3, 1), (1, 1, 70001)], ids=str)
+def test_threads_share_the_work_and_change_no_result(shape, tail, dtype, threads):
+    """By channels, by parts of rows of few channels, and by rows of all channels."""
+    torch.manual_seed(0)
+    x, dy = (torch.randn(shape).to(getattr(torch, dtype)) for _ in range(2))
+    c = shape[1]
+    statistics, sums = torch.rand(2 * c + 1, dtype=torch.float64), torch.rand(2 * c, dtype=torch.float64)
+    statistics[-1] = x[:, 0].numel()
+    weight, bias = torch.rand(2, c)
+    y = filled(cpu.elemt, x, statistics, weight, bias, tail=tail)
+    dx = filled(cpu.backward_elemt, dy, x, statistics, weight, bias, sums, tail=tail)
+    found = cpu.stats(x, None), cpu.backward_reduce(dy, x, statistics, weight, bias, tail=tail)
+    torch.set_num_threads(1)
+    assert torch.equal(y, filled(cpu.elemt, x, statistics, weight, bias, tail=tail))
+    assert torch.equal(dx, filled(cpu.backward_elemt, dy, x, statistics, weight, bias, sums, tail=tail))
+    alone = cpu.stats(x, None), cpu.backward_reduce(dy, x, statistics, weight, bias, tail=tail)
+    for several, one in zip(found, alone, strict=True):
+        torch.testing.assert_close(several, one, rtol=1e-14, atol=1e-12)  # 70,000 terms of order 1
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
+def test_kernels_work_in_as_many_threads_as_torch():
+    """A process of its own, in which nothing has made the threads before; of a small array none are made."""
+    count = (
+        "import os, numpy as np, torch; from syncbn.kernels import cpu; torch.set_num_threads(3);"
+        "threads = lambda: len(os.listdir('/proc/self/task')); before = threads();"
+        "cpu.stats(np.ones((4, 8, 100)), None); print(threads() - before);"
+        "cpu.stats(np.ones((40, 8, 1000)), None); print(threads() - before)"
+    )
+    result = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, timeout=100)
+    assert result.stdout.split() == ["0", "2"], result.stderr
