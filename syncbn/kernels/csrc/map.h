@@ -17,7 +17,7 @@
 
 namespace {
 
-constexpr long kTogether = 4096;  // elements that are written upwards
+constexpr long kTogether = 1 << 16;  // elements that are written upwards: each turn costs some hundred of them
 constexpr int kPair = 2;          // rows of all channels that are written at once: for both, constants are loaded once
 
 // Elements from p to the next address to which V can be streamed.
