@@ -238,9 +238,10 @@ template <class T> inline void store(HalfFloat v, T* p) {
 
 // ---- past the caches, and ahead of use -----------------------------------------------------------------------------
 
-// Of kCount elements. What lies beyond an array does no harm.
-template <int kCount, class T> SYNCBN_INLINE void prefetch(const T* p) {
-  for (size_t byte = 0; byte < kCount * sizeof(T); byte += 64) __builtin_prefetch(reinterpret_cast<const char*>(p) + byte);
+// Of kCount elements, to be written where kToWrite says so. What lies beyond an array does no harm.
+template <int kCount, bool kToWrite = false, class T> SYNCBN_INLINE void prefetch(const T* p) {
+  for (size_t byte = 0; byte < kCount * sizeof(T); byte += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + byte, kToWrite);
 }
 
 #if defined(__AVX__)
