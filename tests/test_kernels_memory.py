@@ -149,5 +149,5 @@ def test_kernels_work_in_as_many_threads_as_torch():
         "cpu.stats(np.ones((4, 8, 100)), None); print(threads() - before);"
         "cpu.stats(np.ones((40, 8, 1000)), None); print(threads() - before)"
     )
-    result = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, timeout=100)
+    result = subprocess.run([sys.executable, "-I", "-c", count], capture_output=True, text=True, timeout=100)
     assert result.stdout.split() == ["0", "2"], result.stderr
