@@ -135,6 +135,8 @@ def running_stats_norm(
         accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
         running_mean, running_var = running_mean.to(accumulate), running_var.to(accumulate)
         weight, bias = (None if v is None else v.to(accumulate) for v in (weight, bias))
+    # Of parameters with gaps torch's gradient of the input is wrong.
+    weight, bias = (None if v is None else v.contiguous() for v in (weight, bias))
     return F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
 
 
@@ -152,8 +154,8 @@ class _BatchStatsNorm(torch.autograd.Function):
     ) -> Tensor:
         running, eps, layout, comm, tail = options
         kernels = select(input)
-        # In place in memory with gaps, the result is copied there.
-        in_place = tail.in_place and input.stride() == layout.strides
+        # In place in memory with gaps, or in that of the negative, the result is copied there.
+        in_place = tail.in_place and input.stride() == layout.strides and not input.is_neg()
         output = input if in_place else _empty(layout, input)
         more = () if residual is None else (residual,)
         statistics = core.forward(input, output, weight, bias, running, eps, kernels, comm, tail, *more)

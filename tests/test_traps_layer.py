@@ -316,3 +316,30 @@ def test_the_result_may_be_modified_in_place(shape, format):
         assert not leaf.grad._is_view()
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
     assert gradients[0].abs().max() > 0.1
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (4, 5, 2, 3)], ids=str)
+def test_evaluation_takes_parameters_with_gaps(shape):
+    """Of which torch's own gradient of a two-dimensional input is wrong."""
+    torch.manual_seed(0)
+    x, dy = torch.randn(shape, requires_grad=True), torch.randn(shape)
+    weight, bias = torch.rand(2, 10)[:, ::2]
+    y = syncbn.functional.sync_batch_norm(x, torch.zeros(5), torch.ones(5), weight, bias)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    torch.testing.assert_close(dx, dy * weight.view(1, 5, *[1] * (len(shape) - 2)) / (1 + 1e-5) ** 0.5)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_in_place_in_the_memory_of_the_negative(dtype, compiled, monkeypatch):
+    """To which torch's copy between float32 and float16 writes the wrong sign."""
+    if not compiled:
+        monkeypatch.setattr(syncbn.kernels.cpu, "_library", None)
+    torch.manual_seed(0)
+    x = torch.randn(64, 3).to(dtype)
+    layer, other = (syncbn.SyncBatchNormAct(3, act="leaky_relu", inplace=inplace) for inplace in (True, False))
+    negative = torch._neg_view(-x)
+    with torch.no_grad():
+        expected, found = other(x), layer(negative)
+    assert found is negative
+    torch.testing.assert_close(found.resolve_neg(), expected)
