@@ -137,7 +137,13 @@ def running_stats_norm(
         weight, bias = (None if v is None else v.to(accumulate) for v in (weight, bias))
     # Of parameters with gaps torch's gradient of the input is wrong.
     weight, bias = (None if v is None else v.contiguous() for v in (weight, bias))
-    return F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
+    if input.dim() <= 3 or 1 not in input.shape[2:] or not torch.is_grad_enabled():
+        return F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
+    # And where a spatial size is 1, whose stride says nothing, torch's gradients may be wrong for a gradient of another
+    # memory format than the input's. As one axis the spatial ones have no format; the result gets it back.
+    y = F.batch_norm(input.flatten(2), running_mean, running_var, weight, bias, False, 0.0, eps).view(input.shape)
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(y.dim())
+    return y.contiguous(memory_format=channels_last) if channels_last and layout_of(input).channels_last else y
 
 
 class _BatchStatsNorm(torch.autograd.Function):

@@ -35,7 +35,6 @@ def test_copies_of_what_is_not_dense_live_as_long_as_the_kernels_read_them(act, 
     layer = syncbn.SyncBatchNormAct(3, act=act)
     with torch.no_grad():
         layer.weight.data, layer.bias.data = torch.rand(2, 3).half()  # which are copies, too
-    layer.weight.grad = layer.bias.grad = None
     alone = copy.deepcopy(layer)
     compiled = torch.compile(layer, backend="eager")
     x, residual, dy = (NOT_DENSE[make]().requires_grad_() for _ in range(3))

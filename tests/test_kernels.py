@@ -1,12 +1,11 @@
 """The contract of the kernels: every implementation against the reference, on every kind of shape."""
 
 import inspect
-from types import ModuleType
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from implementations import ELEMENT, SUM, filled
 from steps import rounded
 
 from syncbn.kernels import aten, cpu, reference, select
@@ -15,9 +14,6 @@ SHAPES = [(5, 3, 7), (1, 1, 1), (4, 1, 9), (9, 6, 1), (1, 300, 2), (0, 4, 3), (3
 SHAPES += [(9, 2, 601), (5, 48, 1)]  # of which results may go past the caches
 SHAPES += [(150, 3, 1), (70, 12, 1)]  # narrow rows, which are taken together, with some left over
 NAMES = ["stats", "combine", "elemt", "backward_reduce", "backward_elemt"]
-# Element-wise results in float32 from six operations; sums in float64 of at most 500 terms of order 1.
-ELEMENT = {"rtol": 8 * 2.0**-24, "atol": 8 * 2.0**-24}
-SUM = {"rtol": 1e-13, "atol": 1e-13}
 
 
 @pytest.fixture(params=SHAPES, ids=str)
@@ -28,59 +24,6 @@ def arrays(request):
     x, dy = rng.standard_normal((2, n, c, s)).astype(np.float32)
     weight, bias = rng.uniform(0.5, 1.5, (2, c)).astype(np.float32)
     return [x, dy, np.append(rng.uniform(0.5, 1.5, 2 * c), 12.0), weight, bias]
-
-
-def filled(kernel, *arguments, **options):
-    """Calls a kernel that writes into an array like its first argument, and returns that."""
-    like = arguments[0]
-    out = (
-        torch.full_like(like, torch.nan) if isinstance(like, torch.Tensor) else np.full(like.shape, np.nan, like.dtype)
-    )
-    assert kernel(*arguments, out, **options) is None
-    return out
-
-
-class Implementation(NamedTuple):
-    """Kernels under test, and the library whose arrays they get."""
-
-    kernels: ModuleType
-    library: str
-    tile: int = 1 << 17
-    cache_bytes: int | None = None
-
-    def __getattr__(self, name):
-        return getattr(self.kernels, name)
-
-    def arrays(self, *arrays):
-        """Copies of ndarrays, of the library; other things as they are."""
-        copies = [a.copy() if isinstance(a, np.ndarray) else a for a in arrays]
-        return [torch.from_numpy(a) if self.library == "torch" and isinstance(a, np.ndarray) else a for a in copies]
-
-    def set_up(self, monkeypatch, request):
-        """Makes this the way in which the kernels work, until the test's end."""
-        monkeypatch.setattr(aten, "_TILE_CPU", self.tile)
-        if self.cache_bytes is not None:
-            before = cpu._library.syncbn_set_cache_bytes(self.cache_bytes)
-            request.addfinalizer(lambda: cpu._library.syncbn_set_cache_bytes(before))
-        return self
-
-    def dtype(self, name):
-        return getattr(torch, name) if self.library == "torch" else np.dtype(name)
-
-
-IMPLEMENTATIONS = {
-    "reference": Implementation(reference, "numpy"),
-    "aten": Implementation(aten, "torch"),
-    "aten-many_tiles": Implementation(aten, "torch", tile=5),
-    "cpu-torch": Implementation(cpu, "torch"),
-    "cpu-past_the_caches": Implementation(cpu, "torch", cache_bytes=0),
-    "cpu-numpy": Implementation(cpu, "numpy"),
-}
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request, monkeypatch):
-    return IMPLEMENTATIONS[request.param].set_up(monkeypatch, request)
 
 
 def test_the_compiled_kernels_are_there():

@@ -6,14 +6,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from test_kernels import ELEMENT, IMPLEMENTATIONS, SUM, filled
+from implementations import ELEMENT, SUM, filled
 
 from syncbn.kernels import Tail, aten, cpu, reference
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request, monkeypatch):
-    return IMPLEMENTATIONS[request.param].set_up(monkeypatch, request)
 
 
 def as_stored(array, order):

@@ -5,18 +5,14 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from test_kernels import ELEMENT, IMPLEMENTATIONS, SHAPES, SUM, filled
+from implementations import ELEMENT, SUM, filled
+from test_kernels import SHAPES
 
 from syncbn.kernels import Tail, aten, cpu, reference
 from syncbn.kernels.tail import weight_floor
 
 TAILS = [Tail(), Tail("relu"), Tail("leaky_relu", 0.25), Tail("silu")]
 IN_PLACE = [Tail("none", 0.0, True), Tail("leaky_relu", 0.25, True)]
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request, monkeypatch):
-    return IMPLEMENTATIONS[request.param].set_up(monkeypatch, request)
 
 
 def case(shape, seed=0):

@@ -329,6 +329,27 @@ def test_evaluation_takes_parameters_with_gaps(shape):
     torch.testing.assert_close(dx, dy * weight.view(1, 5, *[1] * (len(shape) - 2)) / (1 + 1e-5) ** 0.5)
 
 
+@pytest.mark.parametrize("last", ["x", "dy"])
+@pytest.mark.parametrize("shape", [(2, 3, 4, 1), (2, 3, 1, 5), (2, 3, 2, 1, 3)], ids=str)
+def test_evaluation_takes_a_gradient_of_another_memory_format(shape, last):
+    """Of which torch's own gradients are wrong where an axis of size 1 has a stride that says nothing."""
+    torch.manual_seed(0)
+    x, dy = torch.randn(2, *shape)
+    channels_last = {"x": x, "dy": dy}[last].movedim(1, -1).contiguous().movedim(-1, 1)
+    strides = [stride if size > 1 else 7 for stride, size in zip(channels_last.stride(), shape, strict=True)]
+    channels_last = channels_last.as_strided(shape, strides)
+    x, dy = (channels_last, dy) if last == "x" else (x, channels_last)
+    layer = syncbn.SyncBatchNorm(3).eval()
+    x.requires_grad_()
+    y = layer(x)
+    order = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    assert y.is_contiguous(memory_format=order if last == "x" else torch.contiguous_format)
+    dx, dweight = torch.autograd.grad(y, [x, layer.weight], dy)
+    torch.testing.assert_close(dx, dy / (1 + 1e-5) ** 0.5)
+    axes = (0, *range(2, len(shape)))
+    torch.testing.assert_close(dweight, (dy * x).sum(axes) / (1 + 1e-5) ** 0.5)
+
+
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_in_place_in_the_memory_of_the_negative(dtype, compiled, monkeypatch):
