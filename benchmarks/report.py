@@ -13,7 +13,7 @@ from typing import IO, Any
 import torch
 from tqdm import tqdm
 
-from syncbn.kernels import cpu
+from syncbn import native
 
 from . import cases
 from .machine import fingerprint
@@ -165,7 +165,7 @@ class Report:
             if self._fingerprint["oversubscribed"]:
                 self._print("# OVERSUBSCRIBED: more threads than cores; times are those of waiting for a core")
             if self._fingerprint["instruction_set"] is None:
-                self._print(f"# WITHOUT the C++ kernels: {cpu.absence()}")
+                self._print(f"# WITHOUT the C++ kernels: {native.absence()}")
             if "speedup" in self._columns:
                 self._print("# speedup: against nn.BatchNorm, which synchronises nothing; above 1 is faster")
             self._print("#")

@@ -1,6 +1,6 @@
-"""Runs the tests of the CPU kernels on kernels compiled with AddressSanitizer and UndefinedBehaviorSanitizer.
+"""Runs the tests of what is C++ on libraries compiled with AddressSanitizer and UndefinedBehaviorSanitizer.
 
-    python tests/sanitize.py [arguments of pytest; without files it runs test_kernels.py and test_kernels_memory.py]
+    python tests/sanitize.py [arguments of pytest; without files it runs those of kernels and of shared memory]
 
 Not part of the test suite, for it compiles for minutes per instruction set. It wants GCC on Linux and an environment
 in which the tests run. For each instruction set that this processor has, syncbn is installed from the checkout into an
@@ -29,7 +29,7 @@ PYTEST = [
     "-p",
     "no:cacheprovider",
     "-o",
-    "testpaths=tests/test_kernels.py tests/test_kernels_memory.py",
+    "testpaths=tests/test_kernels.py tests/test_kernels_memory.py tests/test_shared_memory.py",
     "--capture=sys",
 ]
 
@@ -82,7 +82,7 @@ def require_sanitized(python: Path, isa: str) -> None:
         raise SystemExit(f"expected the {isa} kernels in {python.parent.parent}; got: {output}")
     for report, code in FAULTS.items():
         result = run(python, "-c", code, **pipes)
-        if result.returncode == 0 or report not in result.stdout or "syncbn/kernels/csrc/" not in result.stdout:
+        if result.returncode == 0 or report not in result.stdout or "syncbn/csrc/" not in result.stdout:
             raise SystemExit(f"the sanitizers did not see this:\n{code}\nexpected '{report}'; got: {result.stdout}")
 
 

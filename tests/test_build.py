@@ -69,8 +69,8 @@ def test_the_wheel_is_the_package_and_its_compiled_library(built):
     assert wheel.stem.split("-")[4].startswith(("linux_", "manylinux_", "macosx_"))
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-    sources = {name for name in source_files("syncbn") if not name.startswith("syncbn/kernels/csrc/")}
-    assert names == sources | {"syncbn/kernels/_cpu.so"}
+    sources = {name for name in source_files("syncbn") if not name.startswith("syncbn/csrc/")}
+    assert names == sources | {"syncbn/kernels/_cpu.so", "syncbn/comm/_shared_memory.so"}
 
 
 @needs_compiler

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from ranks import run_ranks
 from syncbn.cli import check as check_module
 from syncbn.cli import main
 from syncbn.cli.check import Case, all_cases, compare
+from syncbn.comm import shared_memory
 from syncbn.comm.torch import TorchCommunicator
 from syncbn.kernels import aten, cpu, reference
 
@@ -53,6 +55,7 @@ def test_all_is_well_on_three_ranks():
     (code, output), *others = run_ranks(_check, 3, "gloo")
     assert code == 0, output
     assert_all_well(output, 3)
+    assert re.search(r"checks on 3 ranks over gloo, sums in shared memory, kernels \S+.*: all ok$", output.rstrip())
     assert others == [(0, "")] * 2
 
 
@@ -196,6 +199,7 @@ def test_info_names_versions_kernels_communicators_and_choice(capsys, monkeypatc
         r"kernels +cpu for torch tensors on the CPU and NumPy arrays",
         r"local +available",
         r"torch +available.*gloo yes",
+        r"shared_memory +available: ranks of one machine",
         r"mpi +(available: .*, not initialised; mpi4py will ask for thread level 'multiple'|not available: mpi4py )",
         r"world +1 process: RANK and WORLD_SIZE are not set",
         r"communicator +local",
@@ -211,6 +215,13 @@ def test_info_says_when_the_cpu_kernels_are_missing(capsys, monkeypatch):
     output = capsys.readouterr().out
     assert re.search(r"cpu +not available: (installed without a C\+\+ compiler|imported from a source folder)", output)
     assert re.search(r"kernels +aten for torch tensors, reference for NumPy arrays", output)
+
+
+def test_info_says_when_no_memory_can_be_shared(capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(shared_memory, "_FOLDER", Path("/nonexistent"))
+    assert main(["info"]) == 0
+    assert re.search(r"shared_memory +not available: /nonexistent is not there", capsys.readouterr().out)
 
 
 def test_info_says_which_rank_a_launcher_made_this(capsys, monkeypatch):

@@ -200,26 +200,6 @@ def test_float32_sums_would_depend_on_the_split():
     assert not torch.equal(parts / x[:, 0].numel(), x.sum((0, 2, 3)) / x[:, 0].numel())
 
 
-def _sum_of_random(rank, group):
-    """The sum over ranks of 129 numbers whose magnitudes differ by 2^40, so that their order shows."""
-    buffer = _random(rank)
-    as_communicator(group).all_reduce(buffer)
-    return buffer
-
-
-def _random(rank):
-    generator = torch.Generator().manual_seed(rank)
-    exponents = torch.randint(-20, 20, (129,), generator=generator)
-    return torch.ldexp(torch.randn(129, dtype=torch.float64, generator=generator), exponents)
-
-
-def test_gloo_sums_in_the_order_of_ranks_on_every_rank():
-    expected = ((_random(0) + _random(1)) + _random(2)) + _random(3)
-    assert not torch.equal(expected, ((_random(3) + _random(2)) + _random(1)) + _random(0))
-    for found in run_ranks(_sum_of_random, 4, "gloo"):
-        assert torch.equal(found, expected)
-
-
 def _sum_over_a_group_made_past_torch(rank, _):
     store = dist.PrefixStore("past", dist.distributed_c10d._get_default_store())
     group = dist.ProcessGroup(store, rank, 2)

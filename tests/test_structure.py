@@ -20,9 +20,10 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 ALLOWED = {
     "core": set(),
     "layout": set(),
-    "kernels": {"kernels", "layout"},
+    "native": set(),
+    "kernels": {"kernels", "layout", "native"},
     "launcher": set(),
-    "comm": {"comm", "launcher"},
+    "comm": {"comm", "launcher", "native"},
     "mpi": {"comm"},
     "world": {"world", "launcher", "comm", "mpi"},
     "functional": {"core", "layout", "kernels", "comm"},

@@ -90,7 +90,9 @@ def _check(seed: int, ranks: Ranks) -> int:
     if ranks.rank == 0:
         kernels = f"kernels cpu, {cpu.instruction_set()}" if cpu.instruction_set() else "kernels aten and reference"
         summary = f"{failed} failed" if failed else "all ok"
-        print(f"{len(cases)} checks on {ranks.name}, {kernels}: {summary}", flush=True)
+        shares = getattr(as_communicator(ranks.group), "shares_memory", False)
+        where = f"{ranks.name}, sums in shared memory" if shares else ranks.name
+        print(f"{len(cases)} checks on {where}, {kernels}: {summary}", flush=True)
     return 1 if failed else 0
 
 

@@ -7,7 +7,8 @@ import importlib.metadata
 import platform
 from typing import Any
 
-from .. import __version__
+from .. import __version__, native
+from ..comm import shared_memory
 from ..kernels import cpu
 from ..launcher import Launch, LaunchError, read_environment
 
@@ -64,7 +65,7 @@ def _kernels(torch: Any) -> dict[str, str]:
         "aten": f"{aten}: torch tensors, on any device with float64",
         "cpu": f"available: CPU tensors and NumPy arrays, C++, instruction set {isa}"
         if (isa := cpu.instruction_set())
-        else f"not available: {cpu.absence()}",
+        else f"not available: {native.absence()}",
     }
 
 
@@ -75,7 +76,9 @@ def _communicators(torch: Any) -> dict[str, str]:
         is_available = torch.distributed.is_backend_available
         words = [f"{name} {'yes' if is_available(name) else 'no'}" for name in _TORCH_BACKENDS]
         backends = f"available: any ProcessGroup; backends of this torch: {', '.join(words)}"
-    return {"local": "available: this process alone", "torch": backends}
+    absence = shared_memory.absence()
+    memory = "available: ranks of one machine whose CPU tensors go over gloo" if not absence else "not available: "
+    return {"local": "available: this process alone", "torch": backends, "shared_memory": memory + absence}
 
 
 def _mpi(launch: Launch | None) -> str:

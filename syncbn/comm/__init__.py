@@ -1,10 +1,11 @@
 """The messages of batch normalisation: one collective, behind one protocol.
 
-| module | what it sends over                                           |
-|--------|--------------------------------------------------------------|
-| local  | nothing: a world of one                                      |
-| torch  | any torch.distributed ProcessGroup                           |
-| mpi    | an MPI communicator of mpi4py's                              |
+| module        | what it sends over                                              |
+|---------------|-----------------------------------------------------------------|
+| local         | nothing: a world of one                                         |
+| torch         | any torch.distributed ProcessGroup                              |
+| shared_memory | what the ranks of a Gloo group share that are all on one machine |
+| mpi           | an MPI communicator of mpi4py's                                 |
 """
 
 from __future__ import annotations

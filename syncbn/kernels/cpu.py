@@ -8,12 +8,11 @@ picks one at load. Element-wise results are the same bits as the aten kernels', 
 from __future__ import annotations
 
 import ctypes
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .. import native
 from ..layout import Layout, layout_of
 from .tail import PLAIN, Tail, weight_floor
 
@@ -32,12 +31,10 @@ _ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 1, "silu": 2}
 
 
 def _load() -> ctypes.CDLL | None:
-    """Returns the compiled library, or None where the package was installed without a compiler."""
-    # Where the import system finds it: in an editable install that is not beside this file.
-    spec = importlib.util.find_spec(f"{__package__}._cpu")
-    if spec is None or spec.origin is None:
+    """Returns the compiled library, or None where there is none."""
+    library = native.load("kernels._cpu")
+    if library is None:
         return None
-    library = ctypes.CDLL(spec.origin)
     pointer, integer, size, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_double
     array, tail = [integer, *[size] * 3], [integer, real, real]
     library.syncbn_isa.restype, library.syncbn_combine.restype = ctypes.c_char_p, real
@@ -62,16 +59,6 @@ _library: Any = _load()
 def instruction_set() -> str | None:
     """Returns the instruction set in use (avx512, avx2 or baseline), or None where there is no compiled library."""
     return None if _library is None else _library.syncbn_isa().decode()
-
-
-def absence() -> str:
-    """Returns why there is no compiled library, where there is none, and what to do."""
-    if (Path(__file__).parent / "csrc").is_dir():
-        return (
-            "imported from a source folder, where pip install --editable builds it with GCC or Clang; an installed "
-            "package is imported from any other folder"
-        )
-    return "installed without a C++ compiler (GCC or Clang); with one, install again"
 
 
 def serves(x: Any) -> bool:

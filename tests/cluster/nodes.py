@@ -3,9 +3,9 @@
     with Nodes() as nodes:
         run(*nodes[1].command("hostname"))  # node1
 
-A node knows the others by name in its own /etc/hosts; its one network interface is eth0. Namespaces have no names, so
-that any number of pairs exist side by side, and nothing of them outlasts their processes, which end with the context,
-or with this process, however that ends.
+A node knows the others by name in its own /etc/hosts, and has a /dev/shm of its own, for nodes share no memory; its one
+network interface is eth0. Namespaces have no names, so that any number of pairs exist side by side, and nothing of them
+outlasts their processes, which end with the context, or with this process, however that ends.
 
 `python tests/cluster/nodes.py --delay-milliseconds 1 -m benchmarks.step` runs Python as two ranks of mpirun, one on
 each.
@@ -36,7 +36,8 @@ TOOLS = ("ip", "mount", "nsenter", "readlink", "unshare")
 # Becomes node $1 until its input ends, which it does at the latest with the process that started it. Then it ends what
 # runs in the node: all processes in its network namespace, which nothing else has. Those of a killed shell go too.
 HOLD = """
-echo "$1" >/proc/sys/kernel/hostname && mount --bind "$2" /etc/hosts && ip link set lo up && echo up && cat
+echo "$1" >/proc/sys/kernel/hostname && mount --bind "$2" /etc/hosts && mount -t tmpfs shm /dev/shm &&
+  ip link set lo up && echo up && cat
 own=$(readlink /proc/self/ns/net)
 for attempt in 1 2 3; do
   for process in /proc/[0-9]*; do

@@ -1,0 +1,184 @@
+"""Communication between the processes of one machine, through memory that they share.
+
+A small sum takes microseconds so, where it takes half a millisecond and more by messages of Gloo's: of those each is
+written to a socket and read by a thread that first has to wake up.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from .. import native
+
+NOTE_BYTES = 64  # of what join has exchanged
+_FOLDER = Path("/dev/shm")  # Linux's memory by name; ranks in containers that do not share it cannot share memory
+_LOOK_MICROSECONDS = 100_000  # how often a rank that waits looks whether the others are alive
+
+
+def _load() -> Any:
+    """Returns the compiled library, or None where there is none."""
+    library = native.load("comm._shared_memory")
+    if library is not None:
+        number, pointer = ctypes.c_long, ctypes.c_void_p
+        library.syncbn_shared_bytes.argtypes = [number]
+        library.syncbn_shared_lock.argtypes = library.syncbn_shared_is_locked.argtypes = [ctypes.c_int, number]
+        library.syncbn_shared_sum.argtypes = [pointer, number, number, pointer, number, pointer, number]
+        library.syncbn_shared_bytes.restype = library.syncbn_shared_sum.restype = number
+    return library
+
+
+_library = _load()
+
+
+def absence() -> str:
+    """Says why this machine has no such memory, or returns ""."""
+    if _library is None:
+        return native.absence() if sys.platform == "linux" else "only on Linux"
+    return "" if os.access(_FOLDER, os.W_OK) else f"{_FOLDER} is not there, or not to be written to"
+
+
+class SharedMemory:
+    """Ranks on one machine. Made by join.
+
+    Args:
+        file: of the memory, open; each rank locks the byte of its number for as long as it lives.
+        rank, world_size: this process's number among them, and how many there are.
+        timeout: how long a sum may wait for other ranks.
+    """
+
+    def __init__(self, file: int, rank: int, world_size: int, timeout: timedelta) -> None:
+        self.rank, self.world_size = rank, world_size
+        self._file, self._timeout = file, timeout
+        self._memory = mmap.mmap(file, 0)
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        self._progress = (ctypes.c_long * 2)()
+        self._process = os.getpid()
+        self._failure: str | None = None
+        self._lock = threading.Lock()
+        if _library.syncbn_shared_lock(file, rank):
+            raise OSError("the system has no locks of open files")
+
+    def __del__(self) -> None:
+        os.close(self._file)  # and so unlocks
+
+    def all_reduce(self, address: int, length: int) -> None:
+        """Sums a vector over the ranks, in place, added in their order, so that all ranks get the same bits.
+
+        Args:
+            address: where it is, contiguous float64.
+            length: how many, the same on every rank.
+
+        Raises:
+            RuntimeError: a rank has ended, or has not come within the timeout, after either of which no sum is
+                possible any more; or ranks came with vectors of different lengths, on each of them; or this process is
+                a fork of the one that joined.
+        """
+        if os.getpid() != self._process:
+            raise self._error(
+                "the process that joined the group to use it",
+                "a fork of it, which would answer in its place",
+                "start processes by spawn or forkserver, and let each join a group of its own",
+            )
+        with self._lock:
+            if self._failure:
+                raise self._error("a group whose ranks are all there", self._failure, "start all ranks again")
+            self._failure = "one in which this rank's last sum was broken off"  # an interrupt may do so at any line
+            self._sum(address, length)
+            self._failure = None
+
+    def _sum(self, address: int, length: int) -> None:
+        start = None
+        while True:
+            missing = _library.syncbn_shared_sum(
+                self._address, self.rank, self.world_size, address, length, self._progress, _LOOK_MICROSECONDS
+            )
+            if missing == -1:
+                return
+            if missing == -2:
+                raise self._lengths_error(length)
+            now = time.monotonic()
+            start = start or now
+            if not _library.syncbn_shared_is_locked(self._file, missing):
+                self._failure = f"one that rank {missing} has left"
+                raise self._error(
+                    f"rank {missing} to take part in a sum of {length} float64",
+                    "its end, or its destroying the process group",
+                    f"see what rank {missing} says; every rank must run the same layers equally often",
+                )
+            if now - start > self._timeout.total_seconds():
+                self._failure = f"one in which this rank has given up waiting for rank {missing}"
+                raise self._error(
+                    f"rank {missing} to take part in a sum of {length} float64 within {self._timeout}",
+                    "nothing from it, which is alive",
+                    "see that every rank runs the same layers in the same order, forward and backward, or, if it was "
+                    "only slow, give init_process_group a longer timeout",
+                )
+
+    def _lengths_error(self, length: int) -> RuntimeError:
+        other, theirs = self._progress
+        self._progress[:] = [0, 0]
+        self._failure = None
+        return self._error(
+            "all ranks to sum vectors of the same length",
+            f"{length} float64 on this one and {theirs} on rank {other}",
+            "see that every rank runs the same layers, with as many channels, in the same order",
+        )
+
+    def _error(self, expected: str, got: str, remedy: str) -> RuntimeError:
+        return RuntimeError(f"[rank {self.rank}/{self.world_size}] expected {expected}; got {got}: {remedy}")
+
+
+def join(
+    rank: int, world_size: int, timeout: timedelta, exchange: Callable[[bytes], list[bytes]]
+) -> SharedMemory | None:
+    """Returns memory that all ranks share, or None, on every rank, if one of them cannot have it.
+
+    Args:
+        rank, world_size: this process's number in the group, and how many there are.
+        timeout: how long a sum may wait for other ranks.
+        exchange: sends NOTE_BYTES bytes to all ranks, and returns what all of them sent, in their order.
+
+    Collective:
+        two calls of exchange.
+    """
+    shared = name = None
+    if rank == 0 and _library is not None:
+        name = _make(_library.syncbn_shared_bytes(world_size))
+    try:
+        name = exchange((name or "").encode().ljust(NOTE_BYTES))[0].decode().strip()
+        if name and _library is not None:
+            with suppress(OSError):  # not on the same machine, or in other containers, or of another user
+                shared = SharedMemory(os.open(_FOLDER / name, os.O_RDWR | os.O_CLOEXEC), rank, world_size, timeout)
+        answers = exchange(str(shared is not None).encode().ljust(NOTE_BYTES))
+    finally:
+        if rank == 0 and name:
+            (_FOLDER / name).unlink()
+    return shared if all(answer.strip() == b"True" for answer in answers) else None
+
+
+def _make(size: int) -> str | None:
+    """Returns the name of new memory of that size, or None if there can be none."""
+    name = f"syncbn-{uuid.uuid4()}"
+    try:
+        file = os.open(_FOLDER / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError:
+        return None
+    try:
+        os.posix_fallocate(file, 0, size)  # memory that is merely promised ends the process where it runs out
+    except OSError:
+        (_FOLDER / name).unlink()
+        return None
+    finally:
+        os.close(file)
+    return name

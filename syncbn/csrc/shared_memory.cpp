@@ -1,0 +1,139 @@
+// Sums of float64 over the processes of one machine, in memory that they share: what comm/shared_memory.py calls.
+//
+// Each rank writes a message in a slot of its own, says so by raising its number of messages, and adds up the slots of
+// all ranks once they have done the same. Slots are two a rank, taken in turn: who writes its message number n + 2 has
+// seen all ranks at n + 1, and so past reading n.
+#include <fcntl.h>
+#include <linux/futex.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <cstring>
+#include <ctime>
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr long kPart = 8192;  // float64 in a slot; longer messages go part by part
+// A rank that waits looks again and again at first, then lets other threads run in between, and sleeps at last: to be
+// woken takes some 50 microseconds, and with less patience than that ranks put each other to sleep in turn.
+constexpr auto kSpin = std::chrono::microseconds(5), kYield = std::chrono::microseconds(100);
+
+// Two cache lines each, for processors fetch them in pairs.
+struct alignas(128) Rank {
+  std::atomic<std::uint32_t> posted;    // how many messages it has written, modulo 2^32; other ranks sleep on it
+  std::atomic<std::uint32_t> sleepers;  // how many do
+};
+
+struct alignas(128) Slot {
+  long length;  // of the whole message
+  alignas(128) double part[kPart];
+};
+
+static_assert(std::atomic<std::uint32_t>::is_always_lock_free, "a lock would not be shared by the processes");
+
+void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+long futex(std::atomic<std::uint32_t>& word, int operation, std::uint32_t value, const timespec* timeout) {
+  return syscall(SYS_futex, &word, operation, value, timeout, nullptr, 0);
+}
+
+// Waits until the rank has posted message number n; false if it has not by then.
+bool wait_for(Rank& rank, std::uint32_t n, Clock::time_point end) {
+  const auto is_there = [&] { return std::int32_t(rank.posted.load() - n) >= 0; };
+  const auto start = Clock::now();
+  for (auto now = start; now < start + kYield && now < end; now = Clock::now()) {
+    if (is_there()) return true;
+    if (now < start + kSpin) pause();
+    else sched_yield();
+  }
+  while (!is_there()) {
+    const long left = std::chrono::duration_cast<std::chrono::nanoseconds>(end - Clock::now()).count();
+    if (left <= 0) return false;
+    const timespec timeout{left / 1'000'000'000, left % 1'000'000'000};
+    // Who posts after this sees that somebody sleeps; who posted before has changed the number.
+    ++rank.sleepers;
+    const std::uint32_t seen = rank.posted.load();
+    if (std::int32_t(seen - n) < 0) futex(rank.posted, FUTEX_WAIT, seen, &timeout);
+    --rank.sleepers;
+  }
+  return true;
+}
+
+void post(Rank& rank) {
+  ++rank.posted;
+  if (rank.sleepers.load()) futex(rank.posted, FUTEX_WAKE, INT32_MAX, nullptr);
+}
+
+}  // namespace
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// Each rank locks the byte of its number in the file of the memory, for this opening of it: until the process ends,
+// however it does, or closes the file. Returns 0, or -1 where the system refuses.
+EXPORT int syncbn_shared_lock(int file, long rank) {
+  struct flock lock {F_WRLCK, SEEK_SET, rank, 1, 0};
+  return fcntl(file, F_OFD_SETLK, &lock);
+}
+
+EXPORT int syncbn_shared_is_locked(int file, long rank) {
+  struct flock lock {F_WRLCK, SEEK_SET, rank, 1, 0};
+  return fcntl(file, F_OFD_GETLK, &lock) || lock.l_type != F_UNLCK;
+}
+
+// The bytes of memory, all zero at first, that the ranks share.
+EXPORT long syncbn_shared_bytes(long world_size) { return world_size * long(sizeof(Rank) + 2 * sizeof(Slot)); }
+
+// Replaces buffer by its sum over all ranks, added in their order. Returns -1 when that is done, or the number of a rank
+// that has not come within so many microseconds: call again with the same arguments to go on. Or -2 where ranks sent
+// messages of different lengths; progress is then a rank whose length differs from this one's, and its length.
+// progress: two numbers, 0 before the first call, and again when a sum is done; the elements summed so far, and whether
+// the part that follows is posted.
+EXPORT long syncbn_shared_sum(void* memory, long rank, long world_size, double* buffer, long length, long* progress,
+                              long microseconds) {
+  Rank* const ranks = static_cast<Rank*>(memory);
+  Slot* const slots = reinterpret_cast<Slot*>(ranks + world_size);
+  const auto end = Clock::now() + std::chrono::microseconds(microseconds);
+  long &done = progress[0], &is_posted = progress[1];
+  do {
+    double* const part = buffer + done;
+    const long size = std::min(length - done, kPart);
+    const std::uint32_t n = ranks[rank].posted.load() + !is_posted;
+    if (!is_posted) {
+      Slot& own = slots[2 * rank + n % 2];
+      own.length = length;
+      std::memcpy(own.part, part, size * sizeof(double));
+      post(ranks[rank]);
+      is_posted = 1;
+    }
+    for (long other = 0; other < world_size; ++other)
+      if (!wait_for(ranks[other], n, end)) return other;
+    is_posted = 0;
+    for (long other = 0; other < world_size; ++other)
+      if (const long theirs = slots[2 * other + n % 2].length; theirs != length) {
+        progress[0] = other;
+        progress[1] = theirs;
+        return -2;
+      }
+    std::memcpy(part, slots[n % 2].part, size * sizeof(double));
+    for (long other = 1; other < world_size; ++other) {
+      const double* const theirs = slots[2 * other + n % 2].part;
+      for (long i = 0; i < size; ++i) part[i] += theirs[i];
+    }
+    done += size;
+  } while (done < length);
+  done = 0;
+  return -1;
+}
