@@ -165,7 +165,10 @@ class MPIWork(dist.Work):
             self._wait_quietly()  # nobody else would complete it
         with self._lock:
             if self._future is None:
-                self._future = self._to_settle = torch.futures.Future()
+                # An exception set on a future is but its value to C++, whose DistributedDataParallel would take it for
+                # tensors; one that a callback raises is an error there, too.
+                self._to_settle = torch.futures.Future()
+                self._future = self._to_settle.then(torch.futures.Future.value)
             future = self._future
         if self._done:
             self._settle()

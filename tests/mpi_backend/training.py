@@ -1,8 +1,10 @@
 """DistributedDataParallel and SyncBatchNorm on the backend, against one process on the whole batch."""
 
 import contextlib
+from datetime import timedelta
 
 import oracle
+import pytest
 import steps
 import torch
 import torch.distributed as dist
@@ -182,3 +184,16 @@ class _Communicator(TorchCommunicator):
 
     def __init__(self):
         super().__init__(dist.group.WORLD)
+
+
+def test_gradients_that_others_do_not_send_are_an_error_of_backward():
+    group = dist.new_group(list(range(size())), timeout=timedelta(seconds=1))
+    net = DistributedDataParallel(nn.Linear(3, 3), process_group=group)
+    loss = net(torch.ones(2, 3)).sum()
+    if rank() == 0:
+        with pytest.raises(RuntimeError, match=r"all_reduce of torch.float32 over mpi4py: Timed out after 1 s"):
+            loss.backward()
+    dist.barrier()  # now that rank 0 has waited in vain
+    if rank() != 0:
+        loss.backward()
+    dist.barrier()
