@@ -43,6 +43,8 @@ done
 for name in "${commands[@]}"; do
   type -P "${!name}" >/dev/null || refuse "$name to be a program" "${!name}" "set it to a name on PATH, or to a path"
 done
+version="$("$MPIEXEC" --version 2>/dev/null || true)"
+[[ $version != *"Open MPI"* ]] || refuse "MPIEXEC to be MPICH's or Intel MPI's" "$MPIEXEC, Open MPI's" "use mpirun_openmpi.sh"
 [[ $BIND =~ ^[01]$ ]] || refuse "BIND to be 0 or 1" "$BIND" "set it to one of them, or leave it out"
 host='[^,:[:space:]]+(:[1-9][0-9]{0,8})?'
 [[ -z $HOSTS || $HOSTS =~ ^$host(,$host)*$ ]] || refuse "HOSTS to be name,..." "$HOSTS" "separate names by commas"
@@ -82,7 +84,7 @@ bind=0
 if [[ $BIND == 1 ]] && ((PPN * OMP_NUM_THREADS <= ${#cores[@]})); then
   bind=1
 fi
-if [[ $("$MPIEXEC" --version 2>/dev/null) == *Intel* ]]; then
+if [[ $version == *Intel* ]]; then
   export I_MPI_PIN="$bind" I_MPI_PIN_DOMAIN="${I_MPI_PIN_DOMAIN:-omp}" # a rank's cores: as many as OMP_NUM_THREADS
 elif [[ $bind == 1 ]]; then
   command+=(-bind-to "core:$OMP_NUM_THREADS")

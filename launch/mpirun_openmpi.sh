@@ -44,6 +44,8 @@ done
 for name in "${commands[@]}"; do
   type -P "${!name}" >/dev/null || refuse "$name to be a program" "${!name}" "set it to a name on PATH, or to a path"
 done
+version="$("$MPIRUN" --version 2>/dev/null || true)"
+[[ $version != *HYDRA* && $version != *Intel* ]] || refuse "MPIRUN to be Open MPI's" "$MPIRUN, another MPI's" "use mpirun_mpich.sh"
 [[ $BIND =~ ^[01]$ ]] || refuse "BIND to be 0 or 1" "$BIND" "set it to one of them, or leave it out"
 host='[^,:[:space:]]+(:[1-9][0-9]{0,8})?'
 [[ -z $HOSTS || $HOSTS =~ ^$host(,$host)*$ ]] || refuse "HOSTS to be name:ranks,..." "$HOSTS" "set whole numbers from 1"

@@ -12,7 +12,13 @@ call MPI directly. Start with `mpirun -n 4 python -m mpi4py train.py`, and one r
 
 from __future__ import annotations
 
-from .comm.mpi_backend import MPIProcessGroup as MPIProcessGroup
-from .comm.mpi_backend import register
+try:
+    from .comm.mpi_backend import MPIProcessGroup as MPIProcessGroup
+    from .comm.mpi_backend import register
+except ModuleNotFoundError as error:
+    if error.name != "mpi4py":
+        raise
+    message = "expected mpi4py, through which syncbn.mpi sends; got no such package: pip install mpi4py"
+    raise ModuleNotFoundError(message, name="mpi4py") from error
 
 register()

@@ -14,9 +14,14 @@ def load(name: str) -> ctypes.CDLL | None:
     return None if spec is None or spec.origin is None else ctypes.CDLL(spec.origin)
 
 
+def is_source_folder() -> bool:
+    """Whether this package was imported from a folder with its sources, as Python does in a clone's top folder."""
+    return (Path(__file__).parent / "csrc").is_dir()
+
+
 def absence() -> str:
     """Returns why the libraries are not there, where they are not, and what to do."""
-    if (Path(__file__).parent / "csrc").is_dir():
+    if is_source_folder():
         return (
             "imported from a source folder, where pip install --editable builds it with GCC or Clang; an installed "
             "package is imported from any other folder"

@@ -78,7 +78,9 @@ def test_the_wheel_works_in_an_environment_of_its_own(built, tmp_path):
     python, _ = install(tmp_path / "environment", built[1])
     assert_is_in(tmp_path / "environment", python)
     command = str(python.parent / "syncbn")
-    assert "cpu available: CPU tensors and NumPy arrays" in squeezed(run(python, command, "info"))
+    information = squeezed(run(python, command, "info"))
+    assert "cpu available: CPU tensors and NumPy arrays" in information
+    assert "shared_memory available: ranks of one machine" in information
     assert "all ok" in run(python, command, "check")
     library = run(python, "-c", "from syncbn.kernels import cpu; print(cpu._library._name)").strip()
     assert tmp_path / "environment" in Path(library).parents
@@ -89,7 +91,9 @@ def test_without_a_compiler_the_sdist_installs_without_the_library_and_says_so(b
     assert "no C++ compiler: installing without the CPU kernels" in output
     assert_is_in(tmp_path / "environment", python)
     command = str(python.parent / "syncbn")
-    assert "cpu not available: installed without a C++ compiler" in squeezed(run(python, command, "info"))
+    information = squeezed(run(python, command, "info"))
+    for name in ("cpu", "shared_memory"):
+        assert f"{name} not available: installed without a C++ compiler" in information
     assert "all ok" in run(python, command, "check")
 
 

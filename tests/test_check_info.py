@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
+from syncbn import native
 from syncbn.cli import check as check_module
 from syncbn.cli import main
 from syncbn.cli.check import Case, all_cases, compare
@@ -215,6 +217,17 @@ def test_info_says_when_the_cpu_kernels_are_missing(capsys, monkeypatch):
     output = capsys.readouterr().out
     assert re.search(r"cpu +not available: (installed without a C\+\+ compiler|imported from a source folder)", output)
     assert re.search(r"kernels +aten for torch tensors, reference for NumPy arrays", output)
+
+
+def test_a_source_folder_without_its_library_warns_and_an_installation_without_a_compiler_does_not(monkeypatch):
+    monkeypatch.setattr(native, "load", lambda name: None)
+    for is_source_folder in (True, False):
+        monkeypatch.setattr(native, "is_source_folder", lambda answer=is_source_folder: answer)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert cpu._load() is None
+        expected = ["the kernels in C++ are not there: imported from a source folder"] if is_source_folder else []
+        assert [str(warning.message).partition(",")[0] for warning in caught] == expected
 
 
 def test_info_says_when_no_memory_can_be_shared(capsys, monkeypatch):

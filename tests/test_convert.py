@@ -278,3 +278,9 @@ def test_convert_synchronises_and_revert_ends_it():
     results = run_ranks(_unsynchronised, 2, "thread")
     assert [round(converted) for converted, _ in results] == [-1, 1]
     assert [round(reverted) for _, reverted in results] == [0, 0]
+
+
+@pytest.mark.parametrize("convert", [syncbn.convert_sync_batchnorm, syncbn.revert_sync_batchnorm])
+def test_what_is_no_model_is_refused(convert):
+    with pytest.raises(TypeError, match=r"expected the model, a torch.nn.Module; got list: convert each by itself"):
+        convert([nn.BatchNorm1d(2)])

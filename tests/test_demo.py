@@ -285,10 +285,8 @@ def test_json_has_null_where_training_diverged(tmp_path):
 def test_missing_packages_are_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["demo"]) == 1
-    assert (
-        'expected matplotlib to be installed; got no such package: pip install "syncbn[demo]"'
-        in capsys.readouterr().err
-    )
+    message = "expected matplotlib to be installed; got no such package: pip install matplotlib\n"
+    assert capsys.readouterr().err.endswith(message)
 
 
 @pytest.mark.parametrize(

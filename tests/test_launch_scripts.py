@@ -245,6 +245,23 @@ def test_a_missing_variable_is_named(script, missing):
     assert result.stderr == f"expected {missing} to be set; got '': {remedy}\n"
 
 
+@pytest.mark.parametrize(
+    ("script", "variable", "says", "remedy"),
+    [
+        ("mpirun_mpich.sh", "MPIEXEC", "mpiexec (Open MPI) 5.0.11", "use mpirun_openmpi.sh"),
+        ("mpirun_openmpi.sh", "MPIRUN", "HYDRA build details:", "use mpirun_mpich.sh"),
+        ("mpirun_openmpi.sh", "MPIRUN", "Intel(R) MPI Library for Linux* OS", "use mpirun_mpich.sh"),
+    ],
+)
+def test_another_mpis_program_is_refused(script, variable, says, remedy, tmp_path):
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\necho '{says}'\n")
+    program.chmod(0o755)
+    result = run(FOLDER / script, "train.py", **{variable: str(program)})
+    assert result.returncode == 2
+    assert re.fullmatch(rf"expected {variable} to be .*; got '{program}, .*': {remedy}\n", result.stderr)
+
+
 @pytest.mark.parametrize("path", MANIFESTS, ids=name_of)
 def test_manifests_are_yaml_that_starts_ranks(path):
     yaml = pytest.importorskip("yaml", reason="no PyYAML")

@@ -1,5 +1,6 @@
 """`syncbn.init_process_group`: ranks join and leave, and those that cannot join say why, all together."""
 
+import importlib
 import itertools
 import os
 import re
@@ -316,3 +317,16 @@ def test_an_error_of_one_rank_ends_all_ranks_of_mpirun(how, tmp_path):
     code, output = mpirun(2, script, how)
     assert code != 0
     assert "MPI_ABORT" in output or "Abort(1)" in output
+
+
+def test_the_backend_names_the_package_that_it_lacks(monkeypatch):
+    for name in [
+        name for name in sys.modules if name.partition(".")[0] == "mpi4py" or name.startswith("syncbn.comm.mpi")
+    ]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "syncbn.mpi", raising=False)
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(
+        ModuleNotFoundError, match=r"expected mpi4py, through which syncbn.mpi sends; .*: pip install mpi4py"
+    ):
+        importlib.import_module("syncbn.mpi")

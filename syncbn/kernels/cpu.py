@@ -8,6 +8,7 @@ picks one at load. Element-wise results are the same bits as the aten kernels', 
 from __future__ import annotations
 
 import ctypes
+import warnings
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,8 @@ def _load() -> ctypes.CDLL | None:
     """Returns the compiled library, or None where there is none."""
     library = native.load("kernels._cpu")
     if library is None:
+        if native.is_source_folder():  # hardly ever meant, and an order of magnitude slower
+            warnings.warn(f"the kernels in C++ are not there: {native.absence()}", RuntimeWarning, stacklevel=2)
         return None
     pointer, integer, size, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_double
     array, tail = [integer, *[size] * 3], [integer, real, real]

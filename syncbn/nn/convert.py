@@ -72,6 +72,7 @@ def convert_sync_batchnorm(module: M, process_group: Any = None, fuse: bool = Fa
 
     Raises:
         ValueError: a lazy layer that has not seen its first batch; nothing is converted then.
+        TypeError: module is no Module.
         TypeError, ValueError: process_group, as syncbn.SyncBatchNorm.
 
     Example:
@@ -83,6 +84,7 @@ def convert_sync_batchnorm(module: M, process_group: Any = None, fuse: bool = Fa
     """
     if process_group is not None:
         as_communicator(process_group)
+    _check_module(module)
     layers = _batch_norm_layers(module)
     classes = {name: _synchronised(layer) for name, layer in layers.items() if not isinstance(layer, SyncBatchNorm)}
     for layer in layers.values():
@@ -118,6 +120,7 @@ def revert_sync_batchnorm(module: M) -> M:
     Returns:
         module.
     """
+    _check_module(module)
     unfuse_activations(module)
     unknown = []
     for name, layer in module.named_modules():
@@ -140,6 +143,11 @@ def revert_sync_batchnorm(module: M) -> M:
             stacklevel=2,
         )
     return module
+
+
+def _check_module(module: Any) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"expected the model, a torch.nn.Module; got {type(module).__name__}: convert each by itself")
 
 
 def _batch_norm_layers(module: nn.Module) -> dict[str, _BatchNorm]:

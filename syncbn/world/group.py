@@ -196,7 +196,8 @@ def _checked(backend: str, kind: str) -> str:
         names = [n for n in dist.Backend.backend_list if n not in of_no_use and dist.is_backend_available(n)]
         raise LaunchError(
             f"expected a backend that this process has, one of {', '.join(names)}; got {backend!r}"
-            f"{missing and f', which has {missing}'}: leave backend out, or import first what registers it"
+            f"{missing and f', which has {missing}'}: leave backend out, or import first what registers it; "
+            "that over MPI is 'mpi4py', and takes mpi4py and its MPI library"
         )
     return backend
 
