@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from statistics import mode
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
 from . import core
@@ -17,6 +19,8 @@ from .kernels.cpu import HUGE_BYTES, prefer_huge_pages
 from .layout import Layout, check_arguments, layout_of
 
 __all__ = ["sync_batch_norm"]
+
+Result = TypeVar("Result")
 
 
 def sync_batch_norm(
@@ -66,9 +70,22 @@ def sync_batch_norm(
         RuntimeError: another rank raised one of these; no rank is left waiting.
     """
     if training:
+        if torch.compiler.is_compiling():
+            arguments = running_mean, running_var, weight, bias, training, momentum, eps, process_group
+            return outside_graphs(sync_batch_norm, input, *arguments)
         running = core.Running(running_mean, running_var, None, momentum)
         return batch_stats_norm(input, 0, running, weight, bias, eps, as_communicator(process_group))
     return running_stats_norm(input, running_mean, running_var, weight, bias, eps)
+
+
+@_disable_dynamo
+def outside_graphs(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Calls function where torch.compile's graph breaks off.
+
+    It would else trace into kernels and groups, of which it knows nothing: arrays would be freed while they are read by
+    their addresses, and an attribute of a ProcessGroup that it does not know ends it with an internal error.
+    """
+    return function(*arguments)
 
 
 def batch_stats_norm(
@@ -105,7 +122,7 @@ def batch_stats_norm(
             _check_in_place(input)
         _check_autograd(input, weight, bias, residual)
     except Exception as error:
-        core.refuse(error, _forward_message(input, num_features, weight, bias, running), comm)
+        core.refuse(error, forward_message(input, num_features, weight, bias, running), comm)
     y: Tensor = _BatchStatsNorm.apply(  # type: ignore[no-untyped-call]
         input, weight, bias, residual, (running, eps, layout_of(input), comm, tail)
     )
@@ -213,16 +230,16 @@ def _backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]
 def _empty(layout: Layout, like: Tensor) -> Tensor:
     """Returns a dense tensor of that layout, to be filled."""
     y = like.new_empty_strided(layout.shape, layout.strides)
-    if not torch.compiler.is_compiling() and y.nbytes >= HUGE_BYTES:
+    if y.nbytes >= HUGE_BYTES:
         prefer_huge_pages(y)
     return y
 
 
-def _forward_message(input: Any, num_features: int, weight: Any, bias: Any, running: core.Running) -> Tensor | None:
+def forward_message(input: Any, num_features: int, weight: Any, bias: Any, running: core.Running) -> Tensor | None:
     """Returns what the other ranks send, as far as the arguments tell: most of them, for one is wrong."""
     tensors = [v for v in (weight, bias, running.mean, running.var, input) if isinstance(v, Tensor)]
     channels = [v.shape[0] for v in tensors if v.dim() == 1 and v is not input]
-    if num_features:
+    if isinstance(num_features, int) and num_features > 0:
         channels.append(num_features)
     if isinstance(input, Tensor) and not input.is_nested and input.dim() > 1:
         channels.append(input.shape[1])

@@ -2,8 +2,11 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
+from ranks import run_ranks
+from steps import batch
 
 import syncbn
 
@@ -45,3 +48,34 @@ def test_copies_of_what_is_not_dense_live_as_long_as_the_kernels_read_them(act, 
     torch.testing.assert_close(gradients, wanted)
     torch.testing.assert_close(layer.running_mean, alone.running_mean)
     torch.testing.assert_close(layer.running_var, alone.running_var)
+
+
+def _compiled(rank, group, xs):
+    """In the default group, of which the layer learns in its forward."""
+    layer = syncbn.SyncBatchNorm(3, dtype=torch.float64)
+    with torch.no_grad():
+        return torch.compile(layer, backend="eager")(torch.from_numpy(xs[rank])).numpy()
+
+
+def test_compiled_layers_sum_over_the_default_group():
+    xs, _ = batch(6, [(3, 3), (5, 3)])
+    whole = syncbn.SyncBatchNorm(3, dtype=torch.float64)(torch.from_numpy(np.concatenate(xs))).detach().numpy()
+    ys = np.concatenate(run_ranks(_compiled, 2, "gloo", xs))
+    np.testing.assert_allclose(ys, whole, rtol=0, atol=1e-14 * np.abs(whole).max())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch's own
+def test_compiled_autograd_goes_around_the_kernels_too(monkeypatch):
+    layer = syncbn.SyncBatchNorm(3)
+    alone = copy.deepcopy(layer)
+    x, dy = (NOT_DENSE["slice"]().requires_grad_() for _ in range(2))
+    other = x.detach().clone().requires_grad_()
+
+    def step(layer, x):
+        (layer(x) * dy.detach()).sum().backward()
+
+    step(alone, other)
+    monkeypatch.setattr(torch._dynamo.config, "compiled_autograd", True)
+    torch.compile(step, backend="eager")(layer, x)
+    torch.testing.assert_close(x.grad, other.grad)
+    torch.testing.assert_close(layer.weight.grad, alone.weight.grad)

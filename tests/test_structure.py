@@ -65,7 +65,7 @@ def test_the_rules_above_are_about_rooms_that_exist():
     assert set(ALLOWED) <= {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in SOURCES}
     assert imports_of(PACKAGE / "functional.py") == (
         {"core", "comm", "kernels", "layout"},
-        {"__future__", "statistics", "typing", "torch"},
+        {"__future__", "collections", "statistics", "typing", "torch"},
     )
 
 

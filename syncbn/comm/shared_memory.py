@@ -39,6 +39,16 @@ def _load() -> Any:
 
 
 _library = _load()
+_forks = 0  # that this process is away from the first
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_count_fork)
 
 
 def absence() -> str:
@@ -63,7 +73,7 @@ class SharedMemory:
         self._memory = mmap.mmap(file, 0)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self._progress = (ctypes.c_long * 2)()
-        self._process = os.getpid()
+        self._forks = _forks
         self._failure: str | None = None
         self._lock = threading.Lock()
         if _library.syncbn_shared_lock(file, rank):
@@ -84,7 +94,7 @@ class SharedMemory:
                 possible any more; or ranks came with vectors of different lengths, on each of them; or this process is
                 a fork of the one that joined.
         """
-        if os.getpid() != self._process:
+        if _forks != self._forks:
             raise self._error(
                 "the process that joined the group to use it",
                 "a fork of it, which would answer in its place",

@@ -85,7 +85,6 @@ def stats(x: Any, center: Any) -> Any:
     (x,) = _dense(layout, x)
     moments = _empty(x, 2 * layout.flat_shape[1] + 1)
     _library.syncbn_stats(_CODES[x.dtype], *layout.flat_shape, *_addresses(x, center, moments))
-    _hold(x, center)
     return moments
 
 
@@ -112,7 +111,6 @@ def combine(
     count: float = _library.syncbn_combine(
         moments.shape[0] // 2, code, *_addresses(moments, center, mean, var, batches), float(momentum), eps
     )
-    _hold(center, mean, var, batches)
     if mean is not running_mean:
         running_mean[...] = mean
     if var is not running_var:
@@ -129,7 +127,6 @@ def elemt(x: Any, statistics: Any, weight: Any, bias: Any, y: Any, tail: Tail = 
     weight, bias = _vectors(min(code, 1), weight, bias)
     addresses = _addresses(x, residual, out, statistics, weight, bias)
     _library.syncbn_elemt(code, *layout.flat_shape, *addresses, *_tail(x, tail))
-    _hold(x, residual, out, statistics, weight, bias)
     _copy_back(layout, out, y)
 
 
@@ -156,7 +153,6 @@ def backward_reduce(
     of_bias = None if grad_bias is None or _CODES[grad_bias.dtype] != accumulate else grad_bias
     addresses = _addresses(dy, x, gate, out, statistics, weight, bias, of_weight, of_bias, sums)
     _library.syncbn_backward_reduce(code, *layout.flat_shape, *addresses, *_tail(x, tail))
-    _hold(dy, x, gate, out, statistics, weight, bias, of_weight, of_bias)
     _copy_back(layout, out, g)
     if of_weight is not grad_weight:
         grad_weight[...] = sums[c:] * statistics[c:-1]
@@ -174,7 +170,6 @@ def backward_elemt(
     weight, bias = _vectors(min(code, 1), weight, bias)
     addresses = _addresses(dy, x, out, statistics, weight, bias, sums)
     _library.syncbn_backward_elemt(code, *layout.flat_shape, *addresses, *_tail(x, tail))
-    _hold(dy, x, out, statistics, weight, bias, sums)
     _copy_back(layout, out, dx)
 
 
@@ -182,18 +177,10 @@ def backward_elemt(
 
 
 def _addresses(*arrays: Any) -> list[int | None]:
-    """Returns the arrays' addresses, null for None. They are valid until the caller has passed the arrays to _hold."""
+    """Returns the arrays' addresses, null for None."""
     if isinstance(arrays[0], np.ndarray):
         return [None if x is None else x.ctypes.data for x in arrays]
     return [None if x is None else x.data_ptr() or _null(x) for x in arrays]
-
-
-def _hold(*arrays: Any) -> None:
-    """Does nothing, after the library is done with the arrays.
-
-    torch.compile goes around the call of the library, and frees there what no later line of the caller names: a dense
-    copy would be read when it is gone.
-    """
 
 
 def _null(x: Any) -> int:

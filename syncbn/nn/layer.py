@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..comm import Communicator, GroupHandle, LocalCommunicator
-from ..core import Running
-from ..functional import batch_stats_norm, running_stats_norm
+from ..core import Running, refuse
+from ..functional import batch_stats_norm, forward_message, outside_graphs, running_stats_norm
 from ..kernels import PLAIN, Tail
 
 _NOTHING = Running()
@@ -96,9 +97,14 @@ class SyncBatchNorm(_BatchNorm):
 
     def _normalise(self, input: Tensor, tail: Tail = PLAIN, residual: Tensor | None = None) -> Tensor:
         """Normalises input by the statistics of the batch: in evaluation, of this rank's."""
+        if torch.compiler.is_compiling():
+            return outside_graphs(self._normalise, input, tail, residual)
         comm: Communicator = self._syncbn_group.communicator() if self.training else LocalCommunicator()
-        running = self._running() if self.training and self.track_running_stats else _NOTHING
-        weight, bias = _own(self, self._parameters, "weight"), _own(self, self._parameters, "bias")
+        try:
+            running = self._running() if self.training and self.track_running_stats else _NOTHING
+            weight, bias = _own(self, self._parameters, "weight"), _own(self, self._parameters, "bias")
+        except Exception as error:  # something was deleted, or replaced, on this rank
+            refuse(error, forward_message(input, self.num_features, None, None, _NOTHING), comm)
         return batch_stats_norm(input, self.num_features, running, weight, bias, self.eps, comm, tail, residual)
 
     def _running(self) -> Running:
