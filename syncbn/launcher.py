@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 MPI_LAUNCHERS = ("openmpi", "mvapich2", "hydra")
 _LOOPBACK = "127.0.0.1"
+_DIGITS = 19  # of a number that is too large to be one of ranks, jobs or ports
 # Below Linux's range of ports for outgoing connections, any of which may be taken.
 _FIRST_PORT, _PORTS, _STEPS_PER_JOB = 20000, 12768, 16
 
@@ -143,6 +144,8 @@ def read_environment(environ: Mapping[str, str] | None = None) -> Launch | None:
         local_world_size = _tasks_on_this_node(environ)
         addr = addr or (_LOOPBACK if local_world_size == world_size else _first_node(environ))
         port = port or _slurm_port(environ)
+    if addr is not None and len(addr.split()) != 1:
+        raise LaunchError(f"expected MASTER_ADDR to be a host's name or address; got {addr!r}: set one, or unset it")
     if port is not None and not 0 < port < 2**16:
         raise LaunchError(f"expected MASTER_PORT from 1 to 65535; got {port}: set another, the same on every rank")
     _check_local(variables, rank, world_size, local_rank, local_world_size)
@@ -218,8 +221,9 @@ def _place(environ: Mapping[str, str], variables: _Variables) -> tuple[int, int]
 def _number(environ: Mapping[str, str], name: str) -> int | None:
     """Returns the variable's value, or None where it is unset or empty."""
     value = environ.get(name, "").strip()
-    if value and not value.isdecimal():
-        raise LaunchError(f"expected {name} to be a whole number; got {value!r}: set a number, or unset it")
+    if value and not (value.isdecimal() and len(value) < _DIGITS):
+        shown = value if len(value) < _DIGITS else f"{value[:_DIGITS]}..."
+        raise LaunchError(f"expected {name} to be a whole number; got {shown!r}: set a number, or unset it")
     return int(value) if value else None
 
 
@@ -244,6 +248,11 @@ def _check_local(
             f"[rank {rank}/{world_size}] expected {variables.local_rank} below the number of ranks on this node, and "
             f"that to be at most {world_size}; got {local_rank} of {local_world_size}: unset what the launcher did "
             "not set"
+        )
+    if local_rank is not None and local_rank >= world_size:
+        raise LaunchError(
+            f"[rank {rank}/{world_size}] expected {variables.local_rank} below {variables.world_size}; got "
+            f"{local_rank} of {world_size}: unset what the launcher did not set"
         )
 
 

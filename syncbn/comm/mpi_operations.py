@@ -197,6 +197,7 @@ class Operations(dist.ProcessGroup):
 
     def send(self, tensors: list[torch.Tensor], destination: int, tag: int = 0) -> MPIWork:
         self._check("send", tensors)
+        self._check_tag("send", tag)
         sent = [pack([t]) for t in tensors]
 
         def start() -> list[Any]:
@@ -206,6 +207,7 @@ class Operations(dist.ProcessGroup):
 
     def recv(self, tensors: list[torch.Tensor], source: int, tag: int = 0) -> MPIWork:
         self._check("recv", tensors)
+        self._check_tag("recv", tag)
         targets = [Target([t], filled=True) for t in tensors]  # for a message may be shorter than its tensor
 
         def start() -> list[Any]:
@@ -349,6 +351,12 @@ class Operations(dist.ProcessGroup):
             check(tensors)
         except TypeError as error:
             raise TypeError(f"{self._label(name, tensors)}: {error}") from None
+
+    def _check_tag(self, name: str, tag: int) -> None:
+        """Refuses what MPI would take for any tag, or not at all."""
+        largest = self._comm.Get_attr(MPI.TAG_UB)
+        if not 0 <= tag <= largest:
+            raise ValueError(f"{self._label(name)}: expected a tag from 0 to {largest}; got {tag}: give another")
 
     def _label(self, name: str, tensors: Sequence[Any] = ()) -> str:
         of = f" of {tensors[0].dtype}" if tensors and isinstance(tensors[0], torch.Tensor) else ""

@@ -154,7 +154,8 @@ class Target:
                 return
             parts = torch.split(self.flat, [t.numel() for t in self._tensors])
             for tensor, part in zip(self._tensors, parts, strict=True):
-                tensor.copy_(part.view(tensor.shape))
+                # In the tensor's dtype, for torch copies float32 into negative views of float16 with the wrong sign.
+                tensor.copy_(part.view(tensor.shape).to(tensor.dtype))
 
 
 def memory(flat: torch.Tensor) -> Any:

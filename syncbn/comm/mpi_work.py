@@ -263,6 +263,8 @@ def refused(label: str, error: Exception) -> Exception:
     hint = "see whether every rank of the group called it with tensors of the same sizes and dtypes"
     if error.Get_error_class() == MPI.ERR_TRUNCATE:
         hint = "a message was longer than the tensor for it: give every rank tensors of the sizes that the others send"
+    elif error.Get_error_class() in (MPI.ERR_ROOT, MPI.ERR_RANK):
+        hint = "it was given a rank that is not in the group"
     reason = " ".join(error.Get_error_string().split())  # MPICH's has several lines
     return RuntimeError(f"{label}: expected MPI to succeed; got {reason}: {hint}")
 

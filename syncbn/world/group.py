@@ -112,8 +112,9 @@ def init_process_group(
         backend: of torch.distributed, as "gloo" or "cpu:gloo,cuda:nccl". If None: "nccl" for ranks on GPUs; else
             "mpi4py", syncbn's own, where MPI started the ranks and mpi4py is installed; else "gloo".
         device: "cuda" or "cpu"; if None, "cuda" where torch sees a GPU.
-        timeout: a datetime.timedelta, within which all ranks must join, and then every message must end. If None,
-            5 minutes, and the backend's own.
+        timeout: a datetime.timedelta, within which all ranks must join, and then every message must end; over MPI
+            those of torch.distributed alone, for the layers call MPI directly. If None, 5 minutes, and the backend's
+            own.
 
     Collective:
         every rank must call. Ranks that do not fit together, or that wait for others in vain, all raise.

@@ -122,6 +122,13 @@ def test_conjugates_that_are_lazy_are_read_and_written():
         same(imaginary.resolve_neg(), -expected.imag)
 
 
+def test_negatives_that_are_lazy_are_written():
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        tensor = torch._neg_view(torch.full((3,), -1.0, dtype=dtype))
+        dist.all_reduce(tensor)
+        assert tensor.tolist() == [size()] * 3
+
+
 def test_all_reduce_of_every_shape():
     for shape in SHAPES:
         for tensor in strided(of(rank(), torch.bfloat16, shape)):

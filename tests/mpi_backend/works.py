@@ -170,7 +170,15 @@ def refusals():
             torch.ones(n), torch.ones(n), None, halves
         ),
     }
+    for tag in (-1, 2**31):  # the first of which MPI would take for any tag
+        expected = rf"expected a tag from 0 to \d+; got {tag}"
+        cases |= {
+            f"send .*{expected}": lambda tag=tag: world.send([ones], 0, tag),
+            f"recv .*{expected}": lambda tag=tag: world.recv([ones], 0, tag),
+        }
     yield from ((ValueError, pattern, call) for pattern, call in cases.items())
+    unknown = "send of torch.float32 over mpi4py: .* it was given a rank that is not in the group"
+    yield RuntimeError, unknown, lambda: world.send([ones], n, 0)
     cases = {
         r"torch.float32.*ReduceOp.BAND": lambda: dist.all_reduce(ones, dist.ReduceOp.BAND),
         r"torch.int32.*ReduceOp.AVG": lambda: dist.all_reduce(ones.int(), dist.ReduceOp.AVG),
