@@ -189,7 +189,8 @@ def _check_count(count: float | None, wide: bool, comm: Any) -> None:
     if marks != wide * _WIDE * comm.world_size:
         raise RuntimeError(
             f"{rank_prefix(comm)}expected float64 input on every rank or on none; got it on {marks / _WIDE:g} of "
-            f"{comm.world_size}, and here {'also' if wide else 'not'}: give all ranks, empty ones too, one dtype"
+            f"{comm.world_size}, and here {'also' if wide else 'not'}: give all ranks, empty ones too, one dtype; or a "
+            "rank has failed between its two messages, see what it says"
         )
     if elements == 1:
         raise ValueError(

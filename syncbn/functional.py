@@ -198,6 +198,8 @@ class _BatchStatsNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.compiler.is_compiling():  # compiled autograd
+            return outside_graphs(_BatchStatsNorm.backward, ctx, grad_output)
         # once_differentiable makes the gradients' own differentiation an error, which costs as much as a small batch.
         function = once_differentiable(_backward) if torch.is_grad_enabled() else _backward
         gradients: tuple[Tensor | None, ...] = function(ctx, grad_output)

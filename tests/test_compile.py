@@ -7,6 +7,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from steps import batch
+from torch import nn
 
 import syncbn
 
@@ -51,31 +52,36 @@ def test_copies_of_what_is_not_dense_live_as_long_as_the_kernels_read_them(act, 
 
 
 def _compiled(rank, group, xs):
-    """In the default group, of which the layer learns in its forward."""
+    """In the default group, of which layer and loss learn when they are called."""
     layer = syncbn.SyncBatchNorm(3, dtype=torch.float64)
+    scale = torch.compile(syncbn.scale_loss, backend="eager")
     with torch.no_grad():
-        return torch.compile(layer, backend="eager")(torch.from_numpy(xs[rank])).numpy()
+        y = torch.compile(layer, backend="eager")(torch.from_numpy(xs[rank]))
+        return y.numpy(), float(scale(torch.tensor(1.0), len(y)))
 
 
-def test_compiled_layers_sum_over_the_default_group():
+def test_compiled_layers_and_losses_sum_over_the_default_group():
     xs, _ = batch(6, [(3, 3), (5, 3)])
     whole = syncbn.SyncBatchNorm(3, dtype=torch.float64)(torch.from_numpy(np.concatenate(xs))).detach().numpy()
-    ys = np.concatenate(run_ranks(_compiled, 2, "gloo", xs))
-    np.testing.assert_allclose(ys, whole, rtol=0, atol=1e-14 * np.abs(whole).max())
+    ys, losses = zip(*run_ranks(_compiled, 2, "gloo", xs), strict=True)
+    assert losses == (2 * 3 / 8, 2 * 5 / 8)
+    np.testing.assert_allclose(np.concatenate(ys), whole, rtol=0, atol=1e-14 * np.abs(whole).max())
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch's own
-def test_compiled_autograd_goes_around_the_kernels_too(monkeypatch):
-    layer = syncbn.SyncBatchNorm(3)
-    alone = copy.deepcopy(layer)
-    x, dy = (NOT_DENSE["slice"]().requires_grad_() for _ in range(2))
-    other = x.detach().clone().requires_grad_()
+def test_compiled_autograd_goes_around_the_kernels_too():
+    blocks = (nn.Conv2d(3, 8, 3), syncbn.SyncBatchNorm(8), nn.ReLU(), nn.Conv2d(8, 8, 3), syncbn.SyncBatchNorm(8))
+    model = nn.Sequential(*blocks)
+    alone = copy.deepcopy(model)
 
-    def step(layer, x):
-        (layer(x) * dy.detach()).sum().backward()
+    def step(model, x):
+        model(x).square().sum().backward()
 
-    step(alone, other)
-    monkeypatch.setattr(torch._dynamo.config, "compiled_autograd", True)
-    torch.compile(step, backend="eager")(layer, x)
-    torch.testing.assert_close(x.grad, other.grad)
-    torch.testing.assert_close(layer.weight.grad, alone.weight.grad)
+    compiled = torch.compile(step, backend="eager")
+    for n in (4, 5, 6):
+        x = torch.randn(n, 3, 16, 16)
+        step(alone, x)
+        with torch._dynamo.config.patch(compiled_autograd=True):
+            compiled(model, x)
+    for parameter, expected in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected.grad)

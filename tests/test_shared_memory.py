@@ -129,12 +129,38 @@ def test_a_rank_that_does_not_come_in_time_is_named():
     for memory in memories[:2]:
         with pytest.raises(RuntimeError, match=r"got one in which this rank has given up waiting for rank 2: start"):
             summed(memory, np.ones(4))
+    assert list(summed(memories[2], np.ones(4))) == [3.0] * 4  # what the others have sent they have sent
+    with pytest.raises(RuntimeError, match=r"expected rank 0 to take part .*; got its leaving: .* or given up"):
+        summed(memories[2], np.ones(4))
+
+
+def test_a_sum_that_was_complete_when_a_rank_left_is_one(monkeypatch):
+    """The rank comes and goes between this one's look for its message and that for its lock."""
+    memories, other = joined(2), []
+
+    class Library:
+        def __getattr__(self, name):
+            return getattr(library, name)
+
+        def syncbn_shared_is_locked(self, *_):
+            memory = memories.pop()
+            other.append(threading.Thread(target=lambda: other.append(summed(memory, [2.0]))))
+            other[0].start()
+            other[0].join()
+            return 0
+
+    library = shared_memory._library
+    monkeypatch.setattr(shared_memory, "_library", Library())
+    assert list(summed(memories[0], [1.0])) == [3.0]
+    assert list(other[1]) == [3.0]
 
 
 def test_a_rank_that_has_left_is_named_at_once():
     memories = joined(2)
     del memories[1]
-    with pytest.raises(RuntimeError, match=r"expected rank 1 to take part in a sum of 4 float64; got its end, or its"):
+    with pytest.raises(
+        RuntimeError, match=r"expected rank 1 to take part in a sum of 4 float64; got its leaving: it has ended"
+    ):
         summed(memories[0], np.ones(4))
     with pytest.raises(RuntimeError, match="got one that rank 1 has left: start all ranks again"):
         summed(memories[0], np.ones(4))
@@ -172,6 +198,28 @@ def test_a_fork_cannot_answer_in_its_parents_place():
     assert message.startswith("[rank 0/2] expected the process that joined the group to use it; got a fork of it")
 
 
+def _leave_a_child(rank, group, done):
+    buffer = torch.ones(2, dtype=torch.float64)
+    as_communicator(group).all_reduce(buffer)
+    if rank == 1:
+        if os.fork() == 0:
+            while not done.exists():
+                time.sleep(0.01)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(RuntimeError, match="expected rank 1 to take part in a sum of 2 float64; got its leaving"):
+        as_communicator(group).all_reduce(buffer)
+    done.touch()
+
+
+def test_a_child_does_not_pass_for_its_parent(tmp_path):
+    done = tmp_path / "done"
+    try:
+        assert rank_errors(_leave_a_child, 2, "gloo", done)[0] is None
+    finally:
+        done.touch()
+
+
 def _end(rank, group, how):
     layer, x = syncbn.SyncBatchNorm(2, process_group=group), torch.randn(4, 2)
     layer(x)
@@ -181,7 +229,7 @@ def _end(rank, group, how):
         if how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         dist.destroy_process_group()
-        time.sleep(5)
+        time.sleep(2)
         return
     layer(x)
 
@@ -190,7 +238,9 @@ def _end(rank, group, how):
 def test_a_process_that_ends_is_named_by_those_that_wait(how):
     waiting, _ = rank_errors(_end, 2, "gloo", how)
     assert isinstance(waiting, RuntimeError)
-    assert str(waiting).startswith("[rank 0/2] expected rank 1 to take part in a sum of 5 float64; got its end")
+    assert str(waiting).startswith(
+        "[rank 0/2] expected rank 1 to take part in a sum of 5 float64; got its leaving: it has"
+    )
 
 
 def _without(rank, absent):
@@ -238,6 +288,17 @@ def test_gloo_sums_in_the_order_of_ranks_on_every_rank(absent):
         assert torch.equal(found, expected)
 
 
+def _on_another_default_device(rank, group):
+    buffer = torch.ones(2, dtype=torch.float64)
+    with torch.device("meta"):
+        as_communicator(group).all_reduce(buffer)
+    return buffer.tolist()
+
+
+def test_the_default_device_does_not_matter():
+    assert run_ranks(_on_another_default_device, 2, "gloo") == [[2.0, 2.0]] * 2
+
+
 def _two_groups(rank, _):
     groups = [dist.new_group([0, 1, 2]), dist.new_group([0, 2])]
     sums = []
@@ -265,6 +326,9 @@ def test_memory_that_would_run_out_is_not_begun(monkeypatch):
 
 def test_nothing_is_left_behind():
     before, files = names(), len(os.listdir("/proc/self/fd"))
+    with pytest.raises(threading.BrokenBarrierError):  # some have not come yet, and the process ends meanwhile
+        shared_memory.join(0, 2, SECONDS, lambda note: threading.Barrier(2).wait(0.01))
+    assert names() <= before
     memories = joined(3)
     assert all(memories)
     assert names() <= before

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -32,23 +33,14 @@ def _load() -> Any:
     if library is not None:
         number, pointer = ctypes.c_long, ctypes.c_void_p
         library.syncbn_shared_bytes.argtypes = [number]
-        library.syncbn_shared_lock.argtypes = library.syncbn_shared_is_locked.argtypes = [ctypes.c_int, number]
+        for name in ("lock", "unlock", "is_locked"):
+            getattr(library, f"syncbn_shared_{name}").argtypes = [ctypes.c_int, number]
         library.syncbn_shared_sum.argtypes = [pointer, number, number, pointer, number, pointer, number]
         library.syncbn_shared_bytes.restype = library.syncbn_shared_sum.restype = number
     return library
 
 
 _library = _load()
-_forks = 0  # that this process is away from the first
-
-
-def _count_fork() -> None:
-    global _forks
-    _forks += 1
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_count_fork)
 
 
 def absence() -> str:
@@ -62,25 +54,35 @@ class SharedMemory:
     """Ranks on one machine. Made by join.
 
     Args:
-        file: of the memory, open; each rank locks the byte of its number for as long as it lives.
+        file: of the memory, open, which is closed with it; each rank locks the byte of its number for as long as it
+            takes part.
         rank, world_size: this process's number among them, and how many there are.
         timeout: how long a sum may wait for other ranks.
     """
 
+    _file = -1  # none, or no longer
+
     def __init__(self, file: int, rank: int, world_size: int, timeout: timedelta) -> None:
+        if _library.syncbn_shared_lock(file, rank):
+            raise OSError("the system has no locks of open files")
         self.rank, self.world_size = rank, world_size
-        self._file, self._timeout = file, timeout
+        self._timeout = timeout
         self._memory = mmap.mmap(file, 0)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self._progress = (ctypes.c_long * 2)()
-        self._forks = _forks
         self._failure: str | None = None
         self._lock = threading.Lock()
-        if _library.syncbn_shared_lock(file, rank):
-            raise OSError("the system has no locks of open files")
+        self._file = file
+        _live.add(self)
 
     def __del__(self) -> None:
-        os.close(self._file)  # and so unlocks
+        self._close()
+
+    def _close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)  # and so, with the copy that the memory has, unlocks
+            self._memory.close()
+        self._file = -1
 
     def all_reduce(self, address: int, length: int) -> None:
         """Sums a vector over the ranks, in place, added in their order, so that all ranks get the same bits.
@@ -94,7 +96,7 @@ class SharedMemory:
                 possible any more; or ranks came with vectors of different lengths, on each of them; or this process is
                 a fork of the one that joined.
         """
-        if _forks != self._forks:
+        if self._file < 0:
             raise self._error(
                 "the process that joined the group to use it",
                 "a fork of it, which would answer in its place",
@@ -104,36 +106,49 @@ class SharedMemory:
             if self._failure:
                 raise self._error("a group whose ranks are all there", self._failure, "start all ranks again")
             self._failure = "one in which this rank's last sum was broken off"  # an interrupt may do so at any line
-            self._sum(address, length)
-            self._failure = None
+            try:
+                self._sum(address, length)
+            finally:
+                if self._failure:
+                    _library.syncbn_shared_unlock(self._file, self.rank)  # the others need not wait for this rank
 
     def _sum(self, address: int, length: int) -> None:
-        start = None
-        while True:
-            missing = _library.syncbn_shared_sum(
-                self._address, self.rank, self.world_size, address, length, self._progress, _LOOK_MICROSECONDS
-            )
-            if missing == -1:
-                return
-            if missing == -2:
-                raise self._lengths_error(length)
-            now = time.monotonic()
-            start = start or now
-            if not _library.syncbn_shared_is_locked(self._file, missing):
+        """Sums, and sets _failure to None where further sums are possible."""
+        start = time.monotonic()
+        missing = self._try(address, length, _LOOK_MICROSECONDS)
+        while missing is not None:
+            # Looked at before the last try: what a rank has sent it has sent, though it may have left since.
+            is_there = _library.syncbn_shared_is_locked(self._file, missing)
+            is_late = time.monotonic() - start > self._timeout.total_seconds()
+            last = missing
+            missing = self._try(address, length, _LOOK_MICROSECONDS if is_there and not is_late else 0)
+            if missing != last:
+                continue
+            if not is_there:
                 self._failure = f"one that rank {missing} has left"
                 raise self._error(
                     f"rank {missing} to take part in a sum of {length} float64",
-                    "its end, or its destroying the process group",
+                    "its leaving: it has ended, destroyed the process group, or given up",
                     f"see what rank {missing} says; every rank must run the same layers equally often",
                 )
-            if now - start > self._timeout.total_seconds():
+            if is_late:
                 self._failure = f"one in which this rank has given up waiting for rank {missing}"
                 raise self._error(
                     f"rank {missing} to take part in a sum of {length} float64 within {self._timeout}",
-                    "nothing from it, which is alive",
+                    "nothing from it, which has not left the group",
                     "see that every rank runs the same layers in the same order, forward and backward, or, if it was "
                     "only slow, give init_process_group a longer timeout",
                 )
+        self._failure = None
+
+    def _try(self, address: int, length: int, microseconds: int) -> int | None:
+        """Returns None once the sum is done, or the number of a rank that has not come so long; call again then."""
+        missing: int = _library.syncbn_shared_sum(
+            self._address, self.rank, self.world_size, address, length, self._progress, microseconds
+        )
+        if missing == -2:
+            raise self._lengths_error(length)
+        return None if missing == -1 else missing
 
     def _lengths_error(self, length: int) -> RuntimeError:
         other, theirs = self._progress
@@ -149,6 +164,19 @@ class SharedMemory:
         return RuntimeError(f"[rank {self.rank}/{self.world_size}] expected {expected}; got {got}: {remedy}")
 
 
+_live: weakref.WeakSet[SharedMemory] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    """In a forked child, which must not answer in its parent's place, nor hold its locks when it has ended."""
+    for memory in list(_live):
+        memory._close()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_close_all)
+
+
 def join(
     rank: int, world_size: int, timeout: timedelta, exchange: Callable[[bytes], list[bytes]]
 ) -> SharedMemory | None:
@@ -160,20 +188,28 @@ def join(
         exchange: sends NOTE_BYTES bytes to all ranks, and returns what all of them sent, in their order.
 
     Collective:
-        two calls of exchange.
+        three calls of exchange.
     """
     shared = name = None
+    exchange(
+        bytes(NOTE_BYTES)
+    )  # from here on nobody waits long, and a process that is ended meanwhile leaves no memory
     if rank == 0 and _library is not None:
         name = _make(_library.syncbn_shared_bytes(world_size))
     try:
         name = exchange((name or "").encode().ljust(NOTE_BYTES))[0].decode().strip()
         if name and _library is not None:
             with suppress(OSError):  # not on the same machine, or in other containers, or of another user
-                shared = SharedMemory(os.open(_FOLDER / name, os.O_RDWR | os.O_CLOEXEC), rank, world_size, timeout)
+                file = os.open(_FOLDER / name, os.O_RDWR | os.O_CLOEXEC)
+                try:
+                    shared = SharedMemory(file, rank, world_size, timeout)
+                except BaseException:
+                    os.close(file)
+                    raise
         answers = exchange(str(shared is not None).encode().ljust(NOTE_BYTES))
     finally:
         if rank == 0 and name:
-            (_FOLDER / name).unlink()
+            (_FOLDER / name).unlink(missing_ok=True)
     return shared if all(answer.strip() == b"True" for answer in answers) else None
 
 
@@ -186,8 +222,10 @@ def _make(size: int) -> str | None:
         return None
     try:
         os.posix_fallocate(file, 0, size)  # memory that is merely promised ends the process where it runs out
-    except OSError:
-        (_FOLDER / name).unlink()
+    except BaseException as error:
+        (_FOLDER / name).unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         return None
     finally:
         os.close(file)

@@ -45,7 +45,7 @@ class TorchCommunicator:
         """Sums buffer, a tensor or an ndarray, over the group, in place. See Communicator.
 
         Between the processes of one machine that would send over Gloo in memory that they share; see SharedMemory for
-        the errors. They make it at their first sum, by two more messages.
+        the errors. They make it at their first sum, by three more messages.
         """
         tensor = buffer if isinstance(buffer, torch.Tensor) else torch.from_numpy(buffer)
         if not tensor.is_cpu:
@@ -73,8 +73,10 @@ class TorchCommunicator:
         timeout = getattr(gloo, "wrapped_pg", gloo).options._timeout  # wrapped: TORCH_DISTRIBUTED_DEBUG=DETAIL
 
         def exchange(note: bytes) -> list[bytes]:
-            notes = torch.empty((self.world_size, NOTE_BYTES), dtype=torch.uint8)
-            dist.all_gather(list(notes), torch.frombuffer(bytearray(note), dtype=torch.uint8), group=self.group)
+            # On the CPU, whatever the default device is.
+            notes = torch.empty((self.world_size, NOTE_BYTES), dtype=torch.uint8, device="cpu")
+            own = torch.tensor(list(note), dtype=torch.uint8, device="cpu")
+            dist.all_gather(list(notes), own, group=self.group)
             return [bytes(other.numpy()) for other in notes]
 
         return join(self.rank, self.world_size, timeout, exchange)

@@ -81,10 +81,15 @@ void post(Rank& rank) {
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// Each rank locks the byte of its number in the file of the memory, for this opening of it: until the process ends,
-// however it does, or closes the file. Returns 0, or -1 where the system refuses.
+// Each rank locks the byte of its number in the file of the memory, for this opening of it: until it unlocks it, or all
+// processes that have this opening have ended, however they do, or closed it. 0, or -1 where the system refuses.
 EXPORT int syncbn_shared_lock(int file, long rank) {
   struct flock lock {F_WRLCK, SEEK_SET, rank, 1, 0};
+  return fcntl(file, F_OFD_SETLK, &lock);
+}
+
+EXPORT int syncbn_shared_unlock(int file, long rank) {
+  struct flock lock {F_UNLCK, SEEK_SET, rank, 1, 0};
   return fcntl(file, F_OFD_SETLK, &lock);
 }
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import core
 from ..comm import as_communicator
+from ..functional import outside_graphs
 
 
 def scale_loss(loss: Tensor, batch_size: float | Tensor, process_group: Any = None) -> Tensor:
@@ -37,6 +38,8 @@ def scale_loss(loss: Tensor, batch_size: float | Tensor, process_group: Any = No
         ValueError: loss is no scalar, or batch_size is negative or not finite.
         RuntimeError: another rank raised one of these; no rank is left waiting.
     """
+    if torch.compiler.is_compiling():
+        return outside_graphs(scale_loss, loss, batch_size, process_group)
     comm = as_communicator(process_group)
     device = loss.device if isinstance(loss, Tensor) else "cpu"
     try:
