@@ -288,6 +288,18 @@ def test_gloo_sums_in_the_order_of_ranks_on_every_rank(absent):
         assert torch.equal(found, expected)
 
 
+def _odd_buffers(rank, group):
+    gaps = torch.arange(6, dtype=torch.float64)[::2]
+    as_communicator(group).all_reduce(gaps)
+    with pytest.raises(TypeError, match=rf"\[rank {rank}/2\] expected a buffer of float64 to sum; got torch.float32"):
+        as_communicator(group).all_reduce(torch.ones(4))
+    return gaps.tolist()
+
+
+def test_buffers_with_gaps_are_summed_and_those_of_other_dtypes_refused():
+    assert run_ranks(_odd_buffers, 2, "gloo") == [[0.0, 4.0, 8.0]] * 2
+
+
 def _on_another_default_device(rank, group):
     buffer = torch.ones(2, dtype=torch.float64)
     with torch.device("meta"):

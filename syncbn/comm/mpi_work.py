@@ -180,8 +180,9 @@ class MPIWork(dist.Work):
     def _wait_quietly(self) -> None:
         try:
             self.wait()
-        except Exception:
-            assert self._error is not None  # which the future will carry
+        except Exception as error:
+            if error is not self._error:  # which the future will carry
+                raise
 
     def is_completed(self) -> bool:
         return self.advance()

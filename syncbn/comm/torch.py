@@ -46,12 +46,24 @@ class TorchCommunicator:
 
         Between the processes of one machine that would send over Gloo in memory that they share; see SharedMemory for
         the errors. They make it at their first sum, by three more messages.
+
+        Raises:
+            TypeError: buffer is not of float64.
         """
         tensor = buffer if isinstance(buffer, torch.Tensor) else torch.from_numpy(buffer)
+        if tensor.dtype != torch.float64:
+            raise TypeError(
+                f"[rank {self.rank}/{self.world_size}] expected a buffer of float64 to sum; got {tensor.dtype}: "
+                "convert it first"
+            )
         if not tensor.is_cpu:
             dist.all_reduce(tensor, group=self.group)
+        elif not tensor.is_contiguous():
+            dense = tensor.contiguous()
+            self.all_reduce(dense)
+            tensor.copy_(dense)
         elif memory := self._shared_memory():
-            memory.all_reduce(tensor.data_ptr(), len(tensor))
+            memory.all_reduce(tensor.data_ptr(), tensor.numel())
         elif _sends_over_gloo(self.group):
             self._sum_gathered(tensor)
         else:
