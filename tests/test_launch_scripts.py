@@ -245,6 +245,18 @@ def test_a_missing_variable_is_named(script, missing):
     assert result.stderr == f"expected {missing} to be set; got '': {remedy}\n"
 
 
+@needs_mpi
+@pytest.mark.skipif(os.geteuid() != 0, reason="Open MPI refuses root alone")
+def test_open_mpi_tells_root_what_to_do():
+    refused = {"OMPI_ALLOW_RUN_AS_ROOT": "0", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "0"}
+    result = run(FOLDER / "mpirun_openmpi.sh", "-c", "print('ran')", MPIRUN=str(MPIRUN), **refused)
+    assert result.returncode
+    assert "ran\n" not in result.stdout
+    assert "attempt to run as root" in result.stdout + result.stderr
+    help_text = run(FOLDER / "mpirun_openmpi.sh", "--help").stdout
+    assert "OMPI_ALLOW_RUN_AS_ROOT=1 and OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1" in help_text
+
+
 @pytest.mark.parametrize(
     ("script", "variable", "says", "remedy"),
     [

