@@ -15,6 +15,8 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple, NoReturn
 
+from .kernels import PLAIN, Epilogue
+
 # Added to the count by each rank with float64 input, which sends a second message: a fraction that counts stay clear of
 # (exact for up to 2^33 elements a channel and 2^20 ranks), by which ranks see that not all of them will.
 _WIDE = 2.0**-20
@@ -35,6 +37,67 @@ class Running(NamedTuple):
     momentum: Any = 0.0
 
 
+NOTHING = Running()
+
+
+def running_of(mean: Any, var: Any, num_batches_tracked: Any, momentum: Any) -> Running:
+    """Returns what forward updates; a momentum of None stands for the cumulative average, of all batches alike."""
+    if momentum is None:
+        batches = 0 if num_batches_tracked is None else num_batches_tracked + 1
+        # A tensor stays one, for it is counted on the device.
+        is_tensor = hasattr(batches, "double")
+        momentum = batches.double().reciprocal() if is_tensor else 1.0 / max(batches, 1)
+    return Running(mean, var, num_batches_tracked, momentum)
+
+
+def reduce(x: Any, kernels: Any, comm: Any) -> tuple[Any, Any]:
+    """Sums the moments of x over all ranks.
+
+    Args:
+        x, kernels, comm: as forward.
+
+    Returns:
+        moments, (2c + 1,) float64 = [sum of x - center | sum of (x - center)^2 | count], and center, (c,) float64, or
+        None for 0.
+
+    Collective, Raises: as forward, but for a count of 1.
+    """
+    moments = kernels.stats(x, None)
+    wide = x.dtype.itemsize == 8
+    if wide:
+        moments[-1] += _WIDE
+    comm.all_reduce(moments)
+    if not wide:
+        return moments, None
+    check_count(float(moments[-1]) if getattr(moments, "is_cpu", True) else None, comm, wide)
+    # Squares of float64 are not exact in float64, so var = E[x^2] - mean^2 would cancel: take them about the mean.
+    count = moments[-1] - _WIDE * comm.world_size
+    center = moments[: x.shape[1]] / (count + (count == 0))
+    moments = kernels.stats(x, center)
+    comm.all_reduce(moments)
+    return moments, center
+
+
+def normalise(
+    x: Any,
+    y: Any,
+    weight: Any,
+    bias: Any,
+    running: Running,
+    eps: float,
+    kernels: Any,
+    comm: Any,
+    moments: Any,
+    center: Any,
+    epilogue: Epilogue = PLAIN,
+    residual: Any = None,
+) -> Any:
+    """Normalises x by moments of all ranks, as reduce returned them. The rest as forward, but that nothing is sent."""
+    check_count(kernels.combine(moments, center, *running, eps), comm)
+    kernels.elemt(x, moments, weight, bias, y, epilogue, residual)
+    return moments
+
+
 def forward(
     x: Any,
     y: Any,
@@ -44,7 +107,8 @@ def forward(
     eps: float,
     kernels: Any,
     comm: Any,
-    *tail: Any,
+    epilogue: Epilogue = PLAIN,
+    residual: Any = None,
 ) -> Any:
     """Normalises x by the mean and variance over the x of all ranks.
 
@@ -59,7 +123,8 @@ def forward(
         eps: added to the variance.
         kernels: the arithmetic for x.
         comm: the communicator.
-        *tail: what follows in the same pass: the kernels' `tail` and `residual`.
+        epilogue: activation and in-place work in the same pass.
+        residual: as x, added before the activation; or None.
 
     Returns:
         statistics, (2c + 1,) float64 = [mean | invstd | count] over all ranks.
@@ -72,22 +137,28 @@ def forward(
             would stall the device, y is then `bias` and the running statistics stay untouched).
         RuntimeError: another rank refused its input, or float64 input on some ranks only. On every rank.
     """
-    moments = kernels.stats(x, None)
-    wide = x.dtype.itemsize == 8
-    if wide:
-        moments[-1] += _WIDE
-    comm.all_reduce(moments)
-    center = None
-    if wide:
-        _check_count(float(moments[-1]) if getattr(moments, "is_cpu", True) else None, wide, comm)
-        # Squares of float64 are not exact in float64, so var = E[x^2] - mean^2 would cancel: take them about the mean.
-        count = moments[-1] - _WIDE * comm.world_size
-        center = moments[: x.shape[1]] / (count + (count == 0))
-        moments = kernels.stats(x, center)
-        comm.all_reduce(moments)
-    _check_count(kernels.combine(moments, center, *running, eps), False, comm)
-    kernels.elemt(x, moments, weight, bias, y, *tail)
-    return moments
+    moments, center = reduce(x, kernels, comm)
+    return normalise(x, y, weight, bias, running, eps, kernels, comm, moments, center, epilogue, residual)
+
+
+def backward_reduce(
+    dy: Any,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    grad_weight: Any,
+    grad_bias: Any,
+    statistics: Any,
+    kernels: Any,
+    comm: Any,
+    epilogue: Epilogue = PLAIN,
+    gate: Any = None,
+    g: Any = None,
+) -> Any:
+    """Sums over all ranks what backward needs. Arguments and collective as backward; returns its (2c,) float64."""
+    sums = kernels.backward_reduce(dy, x, statistics, weight, bias, grad_weight, grad_bias, epilogue, gate, g)
+    comm.all_reduce(sums)
+    return sums
 
 
 def backward(
@@ -101,30 +172,31 @@ def backward(
     statistics: Any,
     kernels: Any,
     comm: Any,
-    tail: Any,
-    *gate: Any,
+    epilogue: Epilogue = PLAIN,
+    gate: Any = None,
+    g: Any = None,
 ) -> None:
     """Differentiates forward.
 
-    dx = weight * invstd * (g - sum_g / count - (x - mean) * invstd^2 * sum_g_xmu / count), g = dy without a tail.
+    dx = weight * invstd * (g - sum_g / count - (x - mean) * invstd^2 * sum_g_xmu / count), with g = dy * activation'.
 
     Args:
         dy: as x, the gradient of this rank's y.
         dx: as x, dense: where the gradient of x goes.
-        x, weight, bias, kernels, comm, tail: as given to forward; after in-place work, x is y.
+        x, weight, bias, kernels, comm, epilogue: as given to forward; after in-place work, x is y.
         grad_weight, grad_bias: (c,) or None: where the gradients of weight and bias go, of this rank's elements alone,
             so that data-parallel training averages them like every other gradient.
         statistics: as forward returned them.
-        *gate: after a forward with activation and residual, the kernels' `gate` and `g`.
+        gate, g: after a forward with activation and residual, the kernels' `gate` and `g`; else None.
 
     Collective:
         all_reduce of 2c float64. Every rank must call.
     """
-    sums = kernels.backward_reduce(dy, x, statistics, weight, bias, grad_weight, grad_bias, tail, *gate)
-    comm.all_reduce(sums)
-    if gate:  # dy went through the activation already
-        dy, tail = gate[1], tail._replace(activation="none")
-    kernels.backward_elemt(dy, x, statistics, weight, bias, sums, dx, tail)
+    arrays = dy, x, weight, bias, grad_weight, grad_bias, statistics
+    sums = backward_reduce(*arrays, kernels, comm, epilogue, gate, g)
+    if g is not None:  # dy went through the activation already
+        dy, epilogue = g, epilogue._replace(activation="none")
+    kernels.backward_elemt(dy, x, statistics, weight, bias, sums, dx, epilogue)
 
 
 def eval_forward(
@@ -176,7 +248,7 @@ def rank_prefix(comm: Any) -> str:
     return f"[rank {comm.rank}/{comm.world_size}] " if comm.world_size > 1 else ""
 
 
-def _check_count(count: float | None, wide: bool, comm: Any) -> None:
+def check_count(count: float | None, comm: Any, wide: bool = False) -> None:
     """Raises, on all ranks alike, what all can see of a message. None: reading the count was not free."""
     if count is None or (count > 1 and count.is_integer() and not wide):
         return

@@ -11,9 +11,11 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol, runtime_checkable
+from weakref import WeakValueDictionary
 
 from .local import LocalCommunicator as LocalCommunicator
 
@@ -73,16 +75,36 @@ def as_communicator(group: Any, argument: str = "process_group") -> Communicator
     )
 
 
+class Group(Protocol):
+    """A group, by object and by name.
+
+    Attributes:
+        name: what stands for it in a graph, where there can be no objects; see communicator_named.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def communicator(self) -> Communicator:
+        """Returns its communicator; see as_communicator for the errors."""
+
+
 class GroupHandle:
     """Keeps a group in a layer: shared by copies, left behind by pickles, for it names live connections.
 
     Args:
         group: what as_communicator takes, or whatever else is to be kept so.
+
+    Attributes:
+        name: what stands for the group in a graph, where there can be no objects; see communicator_named.
     """
 
     def __init__(self, group: Any) -> None:
         self.group = group
+        self.name = "" if group is None else f"group-{next(_numbers)}"
         self._communicator: Communicator | None = None
+        if group is not None:
+            _handles[self.name] = self
 
     def communicator(self, argument: str = "process_group") -> Communicator:
         """Returns as_communicator(group, argument); for a group other than None it is found once."""
@@ -97,6 +119,66 @@ class GroupHandle:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return GroupHandle, (None if self.group is None else _LostGroup(),)
+
+
+_numbers = itertools.count()
+_handles: WeakValueDictionary[str, GroupHandle] = WeakValueDictionary()
+LOCAL = "local"
+
+
+def named_group(group: Any) -> str:
+    """Returns a name for a `process_group` argument that communicator_named resolves, for a graph."""
+    if group is None:
+        return ""
+    if isinstance(group, LocalCommunicator):
+        return LOCAL
+    if hasattr(group, "group_name"):  # a ProcessGroup
+        return f"pg:{group.group_name}"
+    handle = next((handle for handle in _kept if handle.group is group), None)
+    if handle is None:
+        handle = GroupHandle(group)
+        _kept.append(handle)
+    return handle.name
+
+
+_kept: list[GroupHandle] = []  # of graphs that have no layer which keeps the group
+
+
+def communicator_named(name: str) -> Communicator:
+    """Returns the communicator that a name in a graph stands for.
+
+    Args:
+        name: "" for the default group at the time of the call, LOCAL for this process alone, a GroupHandle's name, or
+            "pg:" and the name that torch.distributed gave a ProcessGroup.
+
+    Raises:
+        RuntimeError: the group is gone: the last layer that had it, or torch.distributed's group, was deleted.
+    """
+    if not name:
+        return as_communicator(None)
+    if name == LOCAL:
+        return LocalCommunicator()
+    if name.startswith("pg:"):
+        return as_communicator(_named_by_torch(name))
+    handle = _handles.get(name)
+    if handle is None:
+        raise RuntimeError(
+            f"expected the process group {name!r} that a graph was traced with; got none, for the layers that had it "
+            "are gone: keep the model that was compiled or exported, or trace it again"
+        )
+    return handle.communicator()
+
+
+def _named_by_torch(name: str) -> Any:
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    try:
+        return _resolve_process_group(name.removeprefix("pg:"))  # type: ignore[arg-type]
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise RuntimeError(
+            f"expected the process group {name!r} that a graph was traced with; got none, for torch.distributed has "
+            "destroyed it: trace again with a group that is there"
+        ) from error
 
 
 class _LostGroup:

@@ -47,6 +47,8 @@ from .tail import PLAIN as PLAIN
 from .tail import Tail as Tail
 from .tail import check_tail as check_tail
 
+Epilogue, check_epilogue = Tail, check_tail
+
 
 def select(x: Any) -> ModuleType:
     """Returns the fastest kernels that serve x, a torch tensor or an ndarray."""

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..comm import Communicator, GroupHandle, LocalCommunicator
-from ..core import Running, refuse
-from ..functional import batch_stats_norm, forward_message, outside_graphs, running_stats_norm
-from ..kernels import PLAIN, Tail
+from ..comm import GroupHandle, LocalCommunicator
+from ..core import NOTHING, Running, refuse
+from ..kernels import PLAIN, Epilogue, check_epilogue
+from . import wrappers
+from .checks import check_residual, forward_message
+from .differentiable import activate
+from .dispatch import batch_stats_norm, is_plain, running_stats_norm
 
-_NOTHING = Running()
+_LOCAL = GroupHandle(LocalCommunicator())
 
 
 def _own(layer: nn.Module, registered: dict[str, Any], name: str) -> Any:
@@ -91,32 +94,55 @@ class SyncBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises input; see the class."""
-        if not self.training and self.running_mean is not None:
-            return running_stats_norm(input, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
         return self._normalise(input)
 
-    def _normalise(self, input: Tensor, tail: Tail = PLAIN, residual: Tensor | None = None) -> Tensor:
-        """Normalises input by the statistics of the batch: in evaluation, of this rank's."""
-        if torch.compiler.is_compiling():
-            return outside_graphs(self._normalise, input, tail, residual)
-        comm: Communicator = self._syncbn_group.communicator() if self.training else LocalCommunicator()
-        try:
-            running = self._running() if self.training and self.track_running_stats else _NOTHING
-            weight, bias = _own(self, self._parameters, "weight"), _own(self, self._parameters, "bias")
-        except Exception as error:  # something was deleted, or replaced, on this rank
-            refuse(error, forward_message(input, self.num_features, None, None, _NOTHING), comm)
-        return batch_stats_norm(input, self.num_features, running, weight, bias, self.eps, comm, tail, residual)
+    def _normalise(self, input: Tensor, epilogue: Epilogue = PLAIN, residual: Tensor | None = None) -> Tensor:
+        """Returns activation(normalised + residual)."""
+        if not wrappers.are_tensors(input, residual):
+            return wrappers.normalise(self, input, epilogue, residual)
+        return self._normalise_tensors(input, epilogue, residual)
 
-    def _running(self) -> Running:
-        buffers = self._buffers
-        mean, var = _own(self, buffers, "running_mean"), _own(self, buffers, "running_var")
-        batches = _own(self, buffers, "num_batches_tracked")
-        momentum: Any = self.momentum
-        if momentum is None:
-            # A cumulative average, of which this batch is one part in as many as there are with it; a tensor, as they
-            # are counted on the device.
-            momentum = 0.0 if batches is None else (batches + 1).double().reciprocal()
-        return Running(mean, var, batches, momentum)
+    def _normalise_tensors(self, input: Tensor, epilogue: Epilogue, residual: Tensor | None) -> Tensor:
+        # In evaluation without running statistics those of this rank's batch serve.
+        group = self._syncbn_group if self.training else _LOCAL
+        try:
+            vectors = self._vectors()
+        except Exception as error:  # something was deleted, or replaced, on this rank
+            refuse(error, forward_message(input, self.num_features, None, None, NOTHING), group.communicator())
+        return self._apply_to(input, vectors, group, epilogue, residual)
+
+    def _vectors(self) -> tuple[Tensor | None, ...]:
+        """Returns weight, bias, running_mean, running_var and num_batches_tracked."""
+        if torch.compiler.is_compiling():
+            return self.weight, self.bias, self.running_mean, self.running_var, self.num_batches_tracked
+        parameters, buffers = self._parameters, self._buffers
+        return (
+            _own(self, parameters, "weight"),
+            _own(self, parameters, "bias"),
+            _own(self, buffers, "running_mean"),
+            _own(self, buffers, "running_var"),
+            _own(self, buffers, "num_batches_tracked"),
+        )
+
+    def _apply_to(
+        self,
+        input: Tensor,
+        vectors: tuple[Tensor | None, ...],
+        group: GroupHandle,
+        epilogue: Epilogue,
+        residual: Tensor | None,
+    ) -> Tensor:
+        weight, bias, *running = vectors
+        if not self.training and epilogue is not PLAIN:
+            check_epilogue(epilogue)
+            if residual is not None and is_plain(input, residual):
+                check_residual(residual, input, epilogue)
+            epilogue = epilogue._replace(in_place=False)
+        if not self.training and running[0] is not None:
+            y = running_stats_norm(input, running[0], running[1], weight, bias, self.eps)
+            return y if epilogue is PLAIN else activate(y, epilogue, residual, inplace=True)
+        updated = Running(*running, self.momentum) if self.training and self.track_running_stats else NOTHING
+        return batch_stats_norm(input, self.num_features, updated, weight, bias, self.eps, group, epilogue, residual)
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Nothing: forward's own checks cover every number of axes."""

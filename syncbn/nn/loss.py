@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import core
-from ..comm import as_communicator
-from ..functional import outside_graphs
+from ..comm import Communicator, as_communicator, communicator_named, named_group
+from .dispatch import is_traced
+from .operators import library, order_tensors
 
 
 def scale_loss(loss: Tensor, batch_size: float | Tensor, process_group: Any = None) -> Tensor:
@@ -38,24 +39,31 @@ def scale_loss(loss: Tensor, batch_size: float | Tensor, process_group: Any = No
         ValueError: loss is no scalar, or batch_size is negative or not finite.
         RuntimeError: another rank raised one of these; no rank is left waiting.
     """
-    if torch.compiler.is_compiling():
-        return outside_graphs(scale_loss, loss, batch_size, process_group)
-    comm = as_communicator(process_group)
+    group = named_group(process_group)
+    if is_traced(loss):
+        size = torch.as_tensor(batch_size, dtype=torch.float64, device=loss.device)
+        factor = torch.ops.syncbn.loss_factor.default(loss, size, order_tensors(loss.device)[0], group)
+    else:
+        factor = loss_factor(loss, batch_size, as_communicator(process_group))
+    # Of no samples the mean may be NaN.
+    return torch.where(factor == 0, loss.nan_to_num(), loss) * factor.to(loss.dtype)
+
+
+def loss_factor(loss: Tensor, batch_size: float | Tensor, comm: Communicator) -> Tensor:
+    """Returns world_size * batch_size / sum(batch_size over ranks), () float64. See scale_loss."""
     device = loss.device if isinstance(loss, Tensor) else "cpu"
     try:
         number = _checked(loss, batch_size)
     except Exception as error:
         core.refuse(error, torch.empty(1, dtype=torch.float64, device=device), comm)
-    total = torch.tensor([number], dtype=torch.float64, device=device)
+    total = torch.full((1,), number, dtype=torch.float64, device=device)
     comm.all_reduce(total)
-    if total.device.type == "cpu" and total.isnan():
+    if total.is_cpu and total.isnan():
         raise RuntimeError(
             f"{core.rank_prefix(comm)}expected a batch_size from every rank; another rank raised an error instead: see "
             "that rank's message"
         )
-    if number == 0:
-        return loss.nan_to_num() * 0.0
-    return loss * (comm.world_size * number / total[0]).to(loss.dtype)
+    return comm.world_size * number / total[0].clamp(min=1e-300)
 
 
 def _checked(loss: Tensor, batch_size: float | Tensor) -> float:
@@ -72,3 +80,17 @@ def _checked(loss: Tensor, batch_size: float | Tensor) -> float:
     if not 0 <= batch_size < float("inf"):
         raise ValueError(f"expected a batch_size of at least 0; got {batch_size}: pass the number of samples here")
     return float(batch_size)
+
+
+def _loss_factor(loss: Tensor, batch_size: Tensor, order: Tensor, group: str) -> Tensor:
+    return loss_factor(loss, batch_size, communicator_named(group))
+
+
+library.define(
+    "loss_factor(Tensor loss, Tensor batch_size, Tensor(a!) order, str group) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+library.impl("loss_factor", _loss_factor, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "syncbn::loss_factor", lambda loss, *_: loss.new_empty((), dtype=torch.float64), lib=library
+)

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..functional import check_residual, running_stats_norm
-from ..kernels import Tail, check_tail
+from ..kernels import Epilogue, check_epilogue
 from .layer import SyncBatchNorm
-
-_FUNCTIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "none": lambda z, _: z,
-    "relu": lambda z, _: torch.relu_(z),
-    "leaky_relu": lambda z, slope: F.leaky_relu_(z, slope),
-    "silu": lambda z, _: F.silu(z, inplace=True),
-}
 
 
 class SyncBatchNormAct(SyncBatchNorm):
@@ -77,14 +66,14 @@ class SyncBatchNormAct(SyncBatchNorm):
     ) -> None:
         super().__init__(num_features, **options)
         self.act, self.inplace, self.negative_slope = act, inplace, negative_slope
-        check_tail(self._tail())
+        check_epilogue(self._epilogue())
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalises input, adds residual and activates; see the class."""
-        return norm_act(self, input, self._tail(), residual)
+        return norm_act(self, input, self._epilogue(), residual)
 
-    def _tail(self) -> Tail:
-        return Tail(self.act, self.negative_slope if self.act == "leaky_relu" else 0.0, self.inplace)
+    def _epilogue(self) -> Epilogue:
+        return Epilogue(self.act, self.negative_slope if self.act == "leaky_relu" else 0.0, self.inplace)
 
     def extra_repr(self) -> str:
         """What distinguishes the layer in its representation."""
@@ -93,15 +82,6 @@ class SyncBatchNormAct(SyncBatchNorm):
         return f"{plain}, act={self.act!r}{slope}, inplace={self.inplace}"
 
 
-def norm_act(layer: SyncBatchNorm, input: Tensor, tail: Tail, residual: Tensor | None = None) -> Tensor:
-    """Applies a layer and what follows it; see SyncBatchNormAct."""
-    if layer.training:
-        return layer._normalise(input, tail, residual)
-    check_tail(tail)
-    if residual is not None:
-        check_residual(residual, input, tail)
-    tail = tail._replace(in_place=False)
-    if layer.running_mean is None:
-        return layer._normalise(input, tail, residual)
-    y = running_stats_norm(input, layer.running_mean, layer.running_var, layer.weight, layer.bias, layer.eps)
-    return _FUNCTIONS[tail.activation](y if residual is None else y.add_(residual), tail.slope)
+def norm_act(layer: SyncBatchNorm, input: Tensor, epilogue: Epilogue, residual: Tensor | None = None) -> Tensor:
+    """Applies a layer and the activation behind it; see SyncBatchNormAct."""
+    return layer._normalise(input, epilogue, residual)
