@@ -43,10 +43,13 @@ NOTHING = Running()
 def running_of(mean: Any, var: Any, num_batches_tracked: Any, momentum: Any) -> Running:
     """Returns what forward updates; a momentum of None stands for the cumulative average, of all batches alike."""
     if momentum is None:
-        batches = 0 if num_batches_tracked is None else num_batches_tracked + 1
-        # A tensor stays one, for it is counted on the device.
-        is_tensor = hasattr(batches, "double")
-        momentum = batches.double().reciprocal() if is_tensor else 1.0 / max(batches, 1)
+        batches = num_batches_tracked
+        if batches is None:
+            momentum = 0.0
+        elif hasattr(batches, "double"):  # a tensor stays one, for it is counted on the device
+            momentum = (batches + 1).double().reciprocal()
+        else:
+            momentum = 1.0 / (batches + 1)
     return Running(mean, var, num_batches_tracked, momentum)
 
 

@@ -5,9 +5,9 @@ The fast kernels compute first derivatives only. Here autograd differentiates th
     d = x - center        S = sum over ranks of [sum(d) | sum(d^2)]
     offset = S1 / N       var = S2 / N - offset^2       xhat = (d - offset) / sqrt(var + eps)
 
-They hold for any constant center. It is the mean over all ranks, so that nothing cancels, and all is in float64. The
-sum over ranks is the only piece that torch does not have: it is linear, and its own adjoint for the sum of the losses of
-all ranks.
+They hold for any constant center. It is the mean over all ranks, so that nothing cancels, and all is in float64.
+The sum over ranks is the only piece that torch does not have: it is linear, and its own adjoint for the sum of the
+losses of all ranks.
 """
 
 from __future__ import annotations
