@@ -13,10 +13,11 @@ from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
 from . import core
+from .arguments import check_arguments
 from .comm import Communicator, as_communicator
 from .kernels import PLAIN, Tail, check_tail, select
 from .kernels.cpu import HUGE_BYTES, prefer_huge_pages
-from .layout import Layout, check_arguments, layout_of
+from .layout import Layout, layout_of
 
 __all__ = ["sync_batch_norm"]
 

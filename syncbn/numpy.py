@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from . import core
+from .arguments import check_arguments
 from .comm import Communicator, GroupHandle, LocalCommunicator
 from .kernels import PLAIN, select
-from .layout import check_arguments, layout_of
+from .layout import layout_of
 
 __all__ = ["SyncBatchNorm"]
 
