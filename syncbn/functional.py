@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from . import core
 from .arguments import check_arguments
 from .comm import Communicator, as_communicator
-from .kernels import PLAIN, Tail, check_tail, select
+from .kernels import PLAIN, Epilogue, check_epilogue, select
 from .kernels.cpu import HUGE_BYTES, prefer_huge_pages
 from .layout import Layout, layout_of
 
@@ -97,7 +97,7 @@ def batch_stats_norm(
     bias: Tensor | None,
     eps: float,
     comm: Communicator,
-    tail: Tail = PLAIN,
+    tail: Epilogue = PLAIN,
     residual: Tensor | None = None,
 ) -> Tensor:
     """Normalises by the statistics of the batch, then activates. As sync_batch_norm in training.
@@ -116,7 +116,7 @@ def batch_stats_norm(
     try:
         _check(input, num_features, running.mean, running.var, weight, bias, running.momentum, eps)
         if tail is not PLAIN:
-            check_tail(tail)
+            check_epilogue(tail)
         if residual is not None:
             check_residual(residual, input, tail)
         if tail.in_place:
@@ -174,15 +174,14 @@ class _BatchStatsNorm(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        options: tuple[core.Running, float, Layout, Communicator, Tail],
+        options: tuple[core.Running, float, Layout, Communicator, Epilogue],
     ) -> Tensor:
         running, eps, layout, comm, tail = options
         kernels = select(input)
         # In place in memory with gaps, or in that of the negative, the result is copied there.
         in_place = tail.in_place and input.stride() == layout.strides and not input.is_neg()
         output = input if in_place else _empty(layout, input)
-        more = () if residual is None else (residual,)
-        statistics = core.forward(input, output, weight, bias, running, eps, kernels, comm, tail, *more)
+        statistics = core.forward(input, output, weight, bias, running, eps, kernels, comm, tail, residual)
         if tail.in_place:
             ctx.mark_dirty(input)
             if not in_place:
@@ -222,11 +221,11 @@ def _backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]
     grad_weight = None if weight is None else weight.new_empty_strided(c, one)
     grad_bias = None if bias_dtype is None else statistics.new_empty_strided(c, one, dtype=bias_dtype)
     grad_residual = grad_output if has_residual else None
-    gates: tuple[Tensor, ...] = ()
-    if gate is not None:
-        grad_residual = _empty(layout, input)
-        gates = gate, grad_residual
-    core.backward(grad_output, input, dx, weight, bias, grad_weight, grad_bias, statistics, kernels, comm, tail, *gates)
+    g = None if gate is None else _empty(layout, input)
+    if g is not None:
+        grad_residual = g
+    arguments = grad_output, input, dx, weight, bias, grad_weight, grad_bias, statistics
+    core.backward(*arguments, kernels, comm, tail, gate, g)
     return dx, grad_weight, grad_bias, grad_residual, None
 
 
@@ -348,7 +347,7 @@ def _made_with_others(view: Tensor) -> bool:
     return bool(autograd._get_creation_meta(view) != autograd.CreationMeta.DEFAULT)
 
 
-def check_residual(residual: Tensor, input: Tensor, tail: Tail) -> None:
+def check_residual(residual: Tensor, input: Tensor, tail: Epilogue) -> None:
     """Refuses a residual that cannot be added to the normalised input."""
     _check_memory("residual", residual)
     if (residual.shape, residual.dtype, residual.device) != (input.shape, input.dtype, input.device):

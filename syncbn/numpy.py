@@ -11,7 +11,7 @@ from numpy.typing import DTypeLike, NDArray
 from . import core
 from .arguments import check_arguments
 from .comm import Communicator, GroupHandle, LocalCommunicator
-from .kernels import PLAIN, select
+from .kernels import Running, select
 from .layout import layout_of
 
 __all__ = ["SyncBatchNorm"]
@@ -124,7 +124,7 @@ class SyncBatchNorm:
         kernels = select(x)
         weight = None if self.weight is None else self.weight.copy()  # backward's, whatever an optimizer does before it
         if self.training or self.running_mean is None:
-            running = self._running() if self.training and self.track_running_stats else core.Running()
+            running = self._running() if self.training and self.track_running_stats else Running()
             statistics = core.forward(x, y, weight, self.bias, running, self.eps, kernels, comm)
             self._saved = x, weight, statistics, comm
         else:
@@ -144,12 +144,8 @@ class SyncBatchNorm:
         momentum = 0.0 if self.momentum is None else self.momentum
         check_arguments(x, self.num_features, *vectors, momentum, self.eps)
 
-    def _running(self) -> core.Running:
-        batches = self.num_batches_tracked
-        momentum = self.momentum
-        if momentum is None:  # a cumulative average, of which this batch is one part in as many as there are with it
-            momentum = 0.0 if batches is None else 1.0 / (int(batches) + 1)
-        return core.Running(self.running_mean, self.running_var, batches, momentum)
+    def _running(self) -> Running:
+        return Running.of(self.running_mean, self.running_var, self.num_batches_tracked, self.momentum)
 
     def backward(self, dy: Array) -> Array:
         """Returns dx for the latest forward, and sets grad_weight and grad_bias.
@@ -180,7 +176,7 @@ class SyncBatchNorm:
         if comm is None:
             core.eval_backward(dy, x, dx, weight, *gradients, statistics, kernels)
         else:
-            core.backward(dy, x, dx, weight, None, *gradients, statistics, kernels, comm, PLAIN)
+            core.backward(dy, x, dx, weight, None, *gradients, statistics, kernels, comm)
         return dx
 
     def state_dict(self) -> dict[str, Array]:

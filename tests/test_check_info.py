@@ -20,7 +20,7 @@ from syncbn.cli import main
 from syncbn.cli.check import Case, all_cases, compare
 from syncbn.comm import shared_memory
 from syncbn.comm.torch import TorchCommunicator
-from syncbn.kernels import aten, cpu, reference
+from syncbn.kernels import Running, aten, cpu, reference
 
 
 def lines_of(output, status):
@@ -72,13 +72,13 @@ def assert_all_well(output, ranks):
 
 
 def _biased_running_var(real):
-    def combine(moments, *arguments):
+    def normalise(x, moments, center, running, *arguments):
         biased = moments.clone() if isinstance(moments, torch.Tensor) else moments.copy()
         biased[-1] += 1
-        real(biased, *arguments)
-        real(moments, arguments[0], None, None, None, *arguments[4:])
+        real(x, biased, center, running, *arguments)
+        return real(x, moments, center, Running(), *arguments)
 
-    return combine
+    return normalise
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def without_cpu_kernels(monkeypatch):
 @pytest.mark.usefixtures("without_cpu_kernels")
 @pytest.mark.parametrize(("kernels", "frontend"), [(aten, "torch"), (reference, "numpy")])
 def test_wrong_count_fails_the_frontend_that_uses_it(kernels, frontend, monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "combine", _biased_running_var(kernels.combine))
+    monkeypatch.setattr(kernels, "normalise", _biased_running_var(kernels.normalise))
     assert main(["check"]) == 1
     failed = lines_of(capsys.readouterr().out, "FAIL")
     assert len(failed) == sum(case.frontend == frontend for case in all_cases(1))
@@ -98,7 +98,7 @@ def test_wrong_count_fails_the_frontend_that_uses_it(kernels, frontend, monkeypa
 
 
 def test_wrong_count_in_the_cpu_kernels_fails_all(monkeypatch, capsys):
-    monkeypatch.setattr(cpu, "combine", _biased_running_var(cpu.combine))
+    monkeypatch.setattr(cpu, "normalise", _biased_running_var(cpu.normalise))
     assert main(["check"]) == 1
     assert len(lines_of(capsys.readouterr().out, "FAIL")) == len(list(all_cases(1)))
 
@@ -119,10 +119,10 @@ def test_one_float32_rounding_too_many_in_dx_fails(monkeypatch, capsys):
 def test_check_that_raises_is_reported_and_the_rest_go_on(monkeypatch, capsys):
     real = cpu.stats
 
-    def stats(x, center):
+    def stats(x, *arguments):
         if x.dtype == torch.bfloat16:
             raise ValueError("no bfloat16 today")
-        return real(x, center)
+        return real(x, *arguments)
 
     monkeypatch.setattr(cpu, "stats", stats)
     assert main(["check"]) == 1
@@ -161,10 +161,10 @@ def _check_with_a_rank_that_raises(rank, group):
     check_module.all_cases = lambda ranks: iter(cases)
     real = cpu.stats
 
-    def stats(x, center):
+    def stats(x, *arguments):
         if rank == 1 and x.dtype == torch.float16:
             raise KeyError("mine alone")
-        return real(x, center)
+        return real(x, *arguments)
 
     cpu.stats = stats
     return _check(rank, group)

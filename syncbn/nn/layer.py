@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..comm import Communicator, GroupHandle, LocalCommunicator
 from ..core import Running, refuse
 from ..functional import batch_stats_norm, forward_message, outside_graphs, running_stats_norm
-from ..kernels import PLAIN, Tail
+from ..kernels import PLAIN, Epilogue
 
 _NOTHING = Running()
 
@@ -95,7 +95,7 @@ class SyncBatchNorm(_BatchNorm):
             return running_stats_norm(input, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
         return self._normalise(input)
 
-    def _normalise(self, input: Tensor, tail: Tail = PLAIN, residual: Tensor | None = None) -> Tensor:
+    def _normalise(self, input: Tensor, tail: Epilogue = PLAIN, residual: Tensor | None = None) -> Tensor:
         """Normalises input by the statistics of the batch: in evaluation, of this rank's."""
         if torch.compiler.is_compiling():
             return outside_graphs(self._normalise, input, tail, residual)
@@ -111,12 +111,7 @@ class SyncBatchNorm(_BatchNorm):
         buffers = self._buffers
         mean, var = _own(self, buffers, "running_mean"), _own(self, buffers, "running_var")
         batches = _own(self, buffers, "num_batches_tracked")
-        momentum: Any = self.momentum
-        if momentum is None:
-            # A cumulative average, of which this batch is one part in as many as there are with it; a tensor, as they
-            # are counted on the device.
-            momentum = 0.0 if batches is None else (batches + 1).double().reciprocal()
-        return Running(mean, var, batches, momentum)
+        return Running.of(mean, var, batches, self.momentum)
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Nothing: forward's own checks cover every number of axes."""

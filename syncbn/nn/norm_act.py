@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..functional import check_residual, running_stats_norm
-from ..kernels import Tail, check_tail
+from ..kernels import Epilogue, check_epilogue
 from .layer import SyncBatchNorm
 
 _FUNCTIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
@@ -77,14 +77,14 @@ class SyncBatchNormAct(SyncBatchNorm):
     ) -> None:
         super().__init__(num_features, **options)
         self.act, self.inplace, self.negative_slope = act, inplace, negative_slope
-        check_tail(self._tail())
+        check_epilogue(self._tail())
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalises input, adds residual and activates; see the class."""
         return norm_act(self, input, self._tail(), residual)
 
-    def _tail(self) -> Tail:
-        return Tail(self.act, self.negative_slope if self.act == "leaky_relu" else 0.0, self.inplace)
+    def _tail(self) -> Epilogue:
+        return Epilogue(self.act, self.negative_slope if self.act == "leaky_relu" else 0.0, self.inplace)
 
     def extra_repr(self) -> str:
         """What distinguishes the layer in its representation."""
@@ -93,11 +93,11 @@ class SyncBatchNormAct(SyncBatchNorm):
         return f"{plain}, act={self.act!r}{slope}, inplace={self.inplace}"
 
 
-def norm_act(layer: SyncBatchNorm, input: Tensor, tail: Tail, residual: Tensor | None = None) -> Tensor:
+def norm_act(layer: SyncBatchNorm, input: Tensor, tail: Epilogue, residual: Tensor | None = None) -> Tensor:
     """Applies a layer and what follows it; see SyncBatchNormAct."""
     if layer.training:
         return layer._normalise(input, tail, residual)
-    check_tail(tail)
+    check_epilogue(tail)
     if residual is not None:
         check_residual(residual, input, tail)
     tail = tail._replace(in_place=False)
