@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import syncbn.kernels.aten
-import syncbn.kernels.cpu
-from syncbn.kernels import Running
+from syncbn.kernels import Running, available
 
 from . import oracle
 from .cases import Case
@@ -45,8 +43,8 @@ BUFFERS = ("kept", "rotated")
 # Rotated buffers take this many times the largest cache, so that none is still there when its turn comes again.
 CACHES_OF_ROTATION = 4
 
-# The compiled kernels are None where there was no compiler.
-IMPLEMENTATIONS: dict[str, Any] = {"cpu": syncbn.kernels.cpu, "aten": syncbn.kernels.aten}
+# Those that take tensors.
+IMPLEMENTATIONS: dict[str, Any] = {i.name: i for i in available() if i.absence() or i.serves(torch.empty(0))}
 
 
 @dataclass(frozen=True)
@@ -172,21 +170,18 @@ def run(world: World, arguments: argparse.Namespace) -> None:
         for layout in case.layouts(tuple(arguments.layout))
         for dtype in arguments.dtype
     ]
-    served = {name: IMPLEMENTATIONS[name] for name in arguments.implementation if _serves(name)}
+    absent = {name: IMPLEMENTATIONS[name].absence() for name in arguments.implementation}
+    served = {name: IMPLEMENTATIONS[name].module for name in arguments.implementation if not absent[name]}
     total = len(problems) * len(arguments.kernel) * len(arguments.buffers)
     with Report("kernels", COLUMNS, arguments, world, total) as report:
-        for name in arguments.implementation:
-            if name not in served:
-                report.note(f"skipped: {name}: syncbn was installed without a C++ compiler")
+        for name, absence in absent.items():
+            if absence:
+                report.note(f"skipped: {name}: {absence}")
         for case, layout, dtype in problems:
             problem = Problem(case.ncs(layout), getattr(torch, dtype))
             for kernel, buffers in product(arguments.kernel, arguments.buffers):
                 report.group(f"{case.name} {layout} {dtype} {kernel} {buffers}")
                 report.add(_rows(world, arguments, case, layout, dtype, problem, kernel, buffers, served))
-
-
-def _serves(name: str) -> bool:
-    return name != "cpu" or syncbn.kernels.cpu.instruction_set() is not None
 
 
 def _rows(

@@ -16,7 +16,7 @@ from . import core
 from .arguments import check_arguments
 from .comm import Communicator, as_communicator
 from .kernels import PLAIN, Epilogue, check_epilogue, select
-from .kernels.cpu import HUGE_BYTES, prefer_huge_pages
+from .kernels import empty as _empty
 from .layout import Layout, layout_of
 
 __all__ = ["sync_batch_norm"]
@@ -122,10 +122,11 @@ def batch_stats_norm(
         if tail.in_place:
             _check_in_place(input)
         _check_autograd(input, weight, bias, residual)
+        kernels = select(input)
     except Exception as error:
         core.refuse(error, forward_message(input, num_features, weight, bias, running), comm)
     y: Tensor = _BatchStatsNorm.apply(  # type: ignore[no-untyped-call]
-        input, weight, bias, residual, (running, eps, layout_of(input), comm, tail)
+        input, weight, bias, residual, (running, eps, layout_of(input), kernels, comm, tail)
     )
     return y
 
@@ -174,10 +175,9 @@ class _BatchStatsNorm(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        options: tuple[core.Running, float, Layout, Communicator, Epilogue],
+        options: tuple[core.Running, float, Layout, Any, Communicator, Epilogue],
     ) -> Tensor:
-        running, eps, layout, comm, tail = options
-        kernels = select(input)
+        running, eps, layout, kernels, comm, tail = options
         # In place in memory with gaps, or in that of the negative, the result is copied there.
         in_place = tail.in_place and input.stride() == layout.strides and not input.is_neg()
         output = input if in_place else _empty(layout, input)
@@ -227,14 +227,6 @@ def _backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]
     arguments = grad_output, input, dx, weight, bias, grad_weight, grad_bias, statistics
     core.backward(*arguments, kernels, comm, tail, gate, g)
     return dx, grad_weight, grad_bias, grad_residual, None
-
-
-def _empty(layout: Layout, like: Tensor) -> Tensor:
-    """Returns a dense tensor of that layout, to be filled."""
-    y = like.new_empty_strided(layout.shape, layout.strides)
-    if y.nbytes >= HUGE_BYTES:
-        prefer_huge_pages(y)
-    return y
 
 
 def forward_message(input: Any, num_features: int, weight: Any, bias: Any, running: core.Running) -> Tensor | None:

@@ -11,7 +11,7 @@ from numpy.typing import DTypeLike, NDArray
 from . import core
 from .arguments import check_arguments
 from .comm import Communicator, GroupHandle, LocalCommunicator
-from .kernels import Running, select
+from .kernels import Running, empty, select
 from .layout import layout_of
 
 __all__ = ["SyncBatchNorm"]
@@ -118,10 +118,10 @@ class SyncBatchNorm:
         comm = self._group.communicator("comm") if self.training and self.comm is not None else LocalCommunicator()
         try:
             self._check(x)
+            kernels = select(x)
         except Exception as error:
             core.refuse(error, np.empty(2 * self.num_features + 1), comm)
-        y = _empty_like(x)
-        kernels = select(x)
+        y: Array = empty(layout_of(x), x)
         weight = None if self.weight is None else self.weight.copy()  # backward's, whatever an optimizer does before it
         if self.training or self.running_mean is None:
             running = self._running() if self.training and self.track_running_stats else Running()
@@ -168,8 +168,8 @@ class SyncBatchNorm:
                 raise TypeError(f"expected dy of real numbers; got {dy.dtype}: pass the gradient of y")
         except Exception as error:
             core.refuse(error, np.empty(2 * self.num_features), comm or LocalCommunicator())
-        dx, dy = _empty_like(x), dy.astype(x.dtype, copy=False)
-        kernels = select(x)
+        dx: Array = empty(layout_of(x), x)
+        dy, kernels = dy.astype(x.dtype, copy=False), select(x)
         self.grad_weight = None if self.weight is None else np.empty_like(self.weight)
         self.grad_bias = None if self.bias is None else np.empty_like(self.bias)
         gradients = self.grad_weight, self.grad_bias
@@ -208,10 +208,3 @@ class SyncBatchNorm:
             f"SyncBatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
             f"track_running_stats={self.track_running_stats})"
         )
-
-
-def _empty_like(x: Array) -> Array:
-    """Returns a dense array of x's shape, dtype and memory format, to be filled."""
-    layout = layout_of(x)
-    y: Array = layout.restore(np.empty(layout.flat_shape, x.dtype))
-    return y

@@ -5,6 +5,7 @@ import platform
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -131,7 +132,7 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
         def stats(x, _):
             return torch.zeros(2 * x.shape[1] + 1, dtype=torch.float64)
 
-    monkeypatch.setitem(kernels.IMPLEMENTATIONS, "aten", Wrong)
+    monkeypatch.setitem(kernels.IMPLEMENTATIONS, "aten", SimpleNamespace(module=Wrong, absence=lambda: ""))
     with pytest.raises(harness.WrongResultError, match=r"aten\.stats: expected"):
         kernels.main(["--case", "tiny", "--kernel", "stats", "--implementation", "aten", *MINIMAL])
 

@@ -8,7 +8,7 @@ import torch
 from implementations import ELEMENT, SUM, combined, filled, normalised
 from steps import rounded
 
-from syncbn.kernels import Running, aten, cpu, reference, select
+from syncbn.kernels import Running, aten, cpu, reference
 
 SHAPES = [(5, 3, 7), (1, 1, 1), (4, 1, 9), (9, 6, 1), (1, 300, 2), (0, 4, 3), (3, 4, 0), (2, 2, 49)]
 SHAPES += [(9, 2, 601), (5, 48, 1)]  # of which results may go past the caches
@@ -41,15 +41,7 @@ def test_no_implementation_has_public_functions_beside_the_contract():
     for kernels in (reference, aten, cpu):
         public = {n for n, v in vars(kernels).items() if inspect.isfunction(v) and not n.startswith("_")}
         own = {n for n in public if vars(kernels)[n].__module__ == kernels.__name__}
-        assert own - {"serves", "instruction_set", "absence", "prefer_huge_pages"} == set(NAMES)
-
-
-def test_select_takes_the_fastest_that_serves(monkeypatch):
-    assert select(np.ones(1)) is select(torch.ones(1)) is cpu
-    assert select(torch.ones(1, device="meta")) is aten
-    monkeypatch.setattr(cpu, "_library", None)
-    assert select(np.ones(1)) is reference
-    assert select(torch.ones(1)) is aten
+        assert own - {"serves", "absence", "description", "instruction_set", "prefer_huge_pages"} == set(NAMES)
 
 
 @pytest.mark.parametrize("centred", [False, True])

@@ -38,32 +38,27 @@ all kernels raise NotImplementedError unless it is None.
 | reference | ndarray       | NumPy, in float64, written like the formulas: the oracle     |
 | aten      | torch.Tensor  | plain torch operations, on any device that has float64       |
 | cpu       | both, on CPUs | C++: one pass over memory per kernel                         |
+
+`select` chooses one for an array. No code outside this package names one, so that they can be added and removed here: a
+new one gets a line in selection.py, and besides the kernels has
+
+    serves(x)      -> whether it takes x, a torch tensor or an ndarray
+    absence()      -> why it cannot be used in this process and what to do, or ""
+    description()  -> what it takes and how it computes
 """
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import Any
-
-import numpy as np
-
-from . import cpu
 from .contract import Running as Running
 from .contract import is_refused as is_refused
 from .epilogue import ACTIVATIONS as ACTIVATIONS
 from .epilogue import PLAIN as PLAIN
 from .epilogue import Epilogue as Epilogue
 from .epilogue import check_epilogue as check_epilogue
-
-
-def select(x: Any) -> ModuleType:
-    """Returns the fastest kernels that serve x, a torch tensor or an ndarray."""
-    if cpu.serves(x):
-        return cpu
-    if isinstance(x, np.ndarray):
-        from . import reference
-
-        return reference
-    from . import aten
-
-    return aten
+from .memory import empty as empty
+from .selection import Implementation as Implementation
+from .selection import available as available
+from .selection import choose as choose
+from .selection import forced as forced
+from .selection import instruction_set as instruction_set
+from .selection import select as select

@@ -9,6 +9,7 @@ addition in vectors but not for the elements left over.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,21 @@ _TILE_CPU = 1 << 17
 _TILE_ACCELERATOR = 1 << 24
 # A tile has at least so many elements of a channel, where there are so many, so that there are few tiles to sum over.
 _PER_CHANNEL = 512
+
+
+def serves(x: Any) -> bool:
+    """Whether these kernels take x: any tensor."""
+    return isinstance(x, Tensor)
+
+
+def absence() -> str:
+    """Returns "": torch is there, or this module could not be imported."""
+    return ""
+
+
+def description() -> str:
+    """What these kernels take and how they compute."""
+    return "torch tensors, on any device with float64"
 
 
 def _tiles(x: Tensor) -> Iterator[tuple[slice, slice, slice]]:

@@ -50,6 +50,21 @@ from .epilogue import PLAIN, Epilogue, weight_floor
 Array = NDArray[Any]
 
 
+def serves(x: Any) -> bool:
+    """Whether these kernels take x: any ndarray."""
+    return isinstance(x, np.ndarray)
+
+
+def absence() -> str:
+    """Returns "": NumPy is always there."""
+    return ""
+
+
+def description() -> str:
+    """What these kernels take and how they compute."""
+    return "NumPy arrays, in float64"
+
+
 def _row(v: Array) -> Array:
     """(c,) -> (c, 1) float64, to meet an (n, c, s) array."""
     return v.astype(np.float64)[:, None]
