@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import syncbn.kernels.aten
-import syncbn.kernels.cpu
+from syncbn.kernels import Running, available
 
 from . import oracle
 from .cases import Case
@@ -44,8 +43,8 @@ BUFFERS = ("kept", "rotated")
 # Rotated buffers take this many times the largest cache, so that none is still there when its turn comes again.
 CACHES_OF_ROTATION = 4
 
-# The compiled kernels are None where there was no compiler.
-IMPLEMENTATIONS: dict[str, Any] = {"cpu": syncbn.kernels.cpu, "aten": syncbn.kernels.aten}
+# Those that take tensors.
+IMPLEMENTATIONS: dict[str, Any] = {i.name: i for i in available() if i.absence() or i.serves(torch.empty(0))}
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Kernel:
     arrays: tuple[str, ...]
     call: Callable[[Any, dict[str, Tensor], Vectors], Tensor]
     expected: str
-    bound: Callable[[dict[str, Tensor]], Any] | None
+    bound: Callable[[dict[str, Tensor]], Any]
     updated: tuple[str, ...] = ()
 
 
@@ -82,14 +81,9 @@ def _stats(k: Any, a: dict[str, Tensor], _: Vectors) -> Any:
     return k.stats(a["x"], None)
 
 
-def _combine(k: Any, a: dict[str, Tensor], _: Vectors) -> Any:
-    buffers = a["running_mean"], a["running_var"], a["num_batches_tracked"]
-    k.combine(a["moments"], None, *buffers, oracle.MOMENTUM, oracle.EPS)
-    return a["moments"]
-
-
-def _elemt(k: Any, a: dict[str, Tensor], v: Vectors) -> Any:
-    k.elemt(a["x"], v.statistics, v.weight, v.bias, a["y"])
+def _normalise(k: Any, a: dict[str, Tensor], v: Vectors) -> Any:
+    running = Running(a["running_mean"], a["running_var"], a["num_batches_tracked"], oracle.MOMENTUM)
+    k.normalise(a["x"], a["statistics"], None, running, oracle.EPS, v.weight, v.bias, a["y"])
     return a["y"]
 
 
@@ -104,8 +98,13 @@ def _backward_elemt(k: Any, a: dict[str, Tensor], v: Vectors) -> Any:
 
 KERNELS = {
     "stats": Kernel(("x",), _stats, "moments", lambda a: a["x"].sum()),
-    "combine": Kernel((), _combine, "statistics", None, ("running_mean", "running_var", "num_batches_tracked")),
-    "elemt": Kernel(("x", "y"), _elemt, "y", lambda a: a["y"].copy_(a["x"])),
+    "normalise": Kernel(
+        ("x", "y"),
+        _normalise,
+        "y",
+        lambda a: a["y"].copy_(a["x"]),
+        ("statistics", "running_mean", "running_var", "num_batches_tracked"),
+    ),
     "backward_reduce": Kernel(("dy", "x"), _backward_reduce, "sums", lambda a: (a["dy"].sum(), a["x"].sum())),
     "backward_elemt": Kernel(
         ("dy", "x", "dx"), _backward_elemt, "dx", lambda a: torch.add(a["dy"], a["x"], out=a["dx"])
@@ -146,12 +145,12 @@ class Problem:
         return [{name: made[name][i] for name in names} for i in range(sets)]
 
     def small(self) -> dict[str, Tensor]:
-        """Returns fresh arrays for combine, which works in place."""
+        """Returns fresh arrays for normalise, which updates them in place; `statistics` starts as the moments."""
         running = torch.zeros(2, self.ncs[1], dtype=self.vectors.weight.dtype)
         running[1] = 1
         tracked = torch.zeros((), dtype=torch.int64)
         buffers = {"running_mean": running[0], "running_var": running[1], "num_batches_tracked": tracked}
-        return {"moments": self.vectors.moments.clone(), **buffers}
+        return {"statistics": self.vectors.moments.clone(), **buffers}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -171,21 +170,18 @@ def run(world: World, arguments: argparse.Namespace) -> None:
         for layout in case.layouts(tuple(arguments.layout))
         for dtype in arguments.dtype
     ]
-    served = {name: IMPLEMENTATIONS[name] for name in arguments.implementation if _serves(name)}
+    absent = {name: IMPLEMENTATIONS[name].absence() for name in arguments.implementation}
+    served = {name: IMPLEMENTATIONS[name].module for name in arguments.implementation if not absent[name]}
     total = len(problems) * len(arguments.kernel) * len(arguments.buffers)
     with Report("kernels", COLUMNS, arguments, world, total) as report:
-        for name in arguments.implementation:
-            if name not in served:
-                report.note(f"skipped: {name}: syncbn was installed without a C++ compiler")
+        for name, absence in absent.items():
+            if absence:
+                report.note(f"skipped: {name}: {absence}")
         for case, layout, dtype in problems:
             problem = Problem(case.ncs(layout), getattr(torch, dtype))
             for kernel, buffers in product(arguments.kernel, arguments.buffers):
                 report.group(f"{case.name} {layout} {dtype} {kernel} {buffers}")
                 report.add(_rows(world, arguments, case, layout, dtype, problem, kernel, buffers, served))
-
-
-def _serves(name: str) -> bool:
-    return name != "cpu" or syncbn.kernels.cpu.instruction_set() is not None
 
 
 def _rows(
@@ -201,14 +197,10 @@ def _rows(
 ) -> list[dict[str, Any]]:
     kernel = KERNELS[name]
     moved_bytes = len(kernel.arrays) * math.prod(problem.ncs) * problem.dtype.itemsize
-    place: str | None
     if buffers == "rotated":
-        if not moved_bytes:
-            return []  # combine has no large arrays
-        sets = max(2, math.ceil(CACHES_OF_ROTATION * last_cache_bytes() / moved_bytes))
-        place = "memory"
+        sets, place = max(2, math.ceil(CACHES_OF_ROTATION * last_cache_bytes() / moved_bytes)), "memory"
     else:
-        sets, place = 1, residence(moved_bytes) if moved_bytes else None
+        sets, place = 1, residence(moved_bytes)
     arrays = problem.array_sets(kernel.arrays, sets)
     for implementation, kernels in served.items():
         small = problem.small()
@@ -219,7 +211,7 @@ def _rows(
         for updated in kernel.updated:
             check(f"{label}: {updated}", small[updated], problem.expected[updated], relative)
     times = measure(_contenders(problem, kernel, arrays, served), world, arguments.seconds, arguments.minimum_repeats)
-    bound = times.get(BOUND)
+    bound = times[BOUND]
     return [
         {
             "case": case.name,
@@ -233,8 +225,8 @@ def _rows(
             "sets": sets,
             "moved_bytes": moved_bytes,
             **asdict(taken),
-            "gbytes_per_s": moved_bytes / taken.p50_microseconds / 1e3 if moved_bytes else None,
-            "bound_fraction": bound.p50_microseconds / taken.p50_microseconds if bound else None,
+            "gbytes_per_s": moved_bytes / taken.p50_microseconds / 1e3,
+            "bound_fraction": bound.p50_microseconds / taken.p50_microseconds,
         }
         for implementation, taken in times.items()
     ]
@@ -246,11 +238,12 @@ def _contenders(
     turn = counter()
 
     def next_set() -> dict[str, Tensor]:
-        small = {} if kernel.arrays else problem.small()
+        small = problem.small() if kernel.updated else {}
         return {**arrays[next(turn) % len(arrays)], **small}
 
     def next_words() -> dict[str, Tensor]:
-        return {name: array.flatten().view(torch.int64) for name, array in next_set().items()}
+        large = arrays[next(turn) % len(arrays)]
+        return {name: array.flatten().view(torch.int64) for name, array in large.items()}
 
     def contender(name: str, call: Callable[[Any], Any], make: Callable[[], Any]) -> Contender:
         def prepare() -> Any:
@@ -263,8 +256,8 @@ def _contenders(
     def kernel_of(kernels: Any) -> Callable[[Any], Any]:
         return lambda a: kernel.call(kernels, a, problem.vectors)
 
-    bound = [] if kernel.bound is None else [contender(BOUND, kernel.bound, next_words)]
-    return [*bound, *(contender(name, kernel_of(kernels), next_set) for name, kernels in served.items())]
+    others = (contender(name, kernel_of(kernels), next_set) for name, kernels in served.items())
+    return [contender(BOUND, kernel.bound, next_words), *others]
 
 
 if __name__ == "__main__":

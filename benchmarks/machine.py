@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import syncbn
-from syncbn.kernels import cpu
+from syncbn.kernels import instruction_set
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -69,7 +69,7 @@ def fingerprint(program: str, ranks: int, transport: str | None) -> dict[str, An
         "numpy": np.__version__,
         "syncbn": syncbn.__version__,
         "commit": _commit(),
-        "instruction_set": cpu.instruction_set(),
+        "instruction_set": instruction_set(),
         "threads": threads,
         "ranks": ranks,
         "transport": transport,

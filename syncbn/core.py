@@ -1,6 +1,6 @@
 """Synchronised batch normalisation: the algorithm, once, for torch tensors and ndarrays alike.
 
-    forward  = stats           -> all_reduce -> combine -> elemt
+    forward  = stats           -> all_reduce -> normalise
     backward = backward_reduce -> all_reduce -> backward_elemt
 
 What computes (`kernels`) and what sends (`comm`) are arguments; their contracts are in syncbn/kernels/__init__.py
@@ -13,51 +13,23 @@ always send the same messages.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
-from .kernels import PLAIN, Epilogue
+from .kernels import PLAIN, Epilogue, is_refused
+from .kernels import Running as Running
 
-# Added to the count by each rank with float64 input, which sends a second message: a fraction that counts stay clear of
-# (exact for up to 2^33 elements a channel and 2^20 ranks), by which ranks see that not all of them will.
-_WIDE = 2.0**-20
+NOTHING = Running()  # to update
 
-
-class Running(NamedTuple):
-    """What forward updates.
-
-    Attributes:
-        mean, var: (c,), the running statistics, or both None.
-        num_batches_tracked: () int64, the number of batches in them, or None.
-        momentum: weight of a new batch, a float or a 0-d array of x's library and device.
-    """
-
-    mean: Any = None
-    var: Any = None
-    num_batches_tracked: Any = None
-    momentum: Any = 0.0
+# Each rank with float64 input adds this to its count. The fraction of the sum then tells how many ranks have float64
+# input, and will send a second message (counts stay exact for up to 2^33 elements a channel and 2^20 ranks).
+_FLOAT64_MARK = 2.0**-20
 
 
-NOTHING = Running()
-
-
-def running_of(mean: Any, var: Any, num_batches_tracked: Any, momentum: Any) -> Running:
-    """Returns what forward updates; a momentum of None stands for the cumulative average, of all batches alike."""
-    if momentum is None:
-        batches = num_batches_tracked
-        if batches is None:
-            momentum = 0.0
-        elif hasattr(batches, "double"):  # a tensor stays one, for it is counted on the device
-            momentum = (batches + 1).double().reciprocal()
-        else:
-            momentum = 1.0 / (batches + 1)
-    return Running(mean, var, num_batches_tracked, momentum)
-
-
-def reduce(x: Any, kernels: Any, comm: Any) -> tuple[Any, Any]:
-    """Sums the moments of x over all ranks.
+def reduce(x: Any, kernels: Any, comm: Any, mask: Any = None) -> tuple[Any, Any]:
+    """Sums the moments of x over all ranks: the first half of forward.
 
     Args:
-        x, kernels, comm: as forward.
+        x, kernels, comm, mask: as forward.
 
     Returns:
         moments, (2c + 1,) float64 = [sum of x - center | sum of (x - center)^2 | count], and center, (c,) float64, or
@@ -65,18 +37,18 @@ def reduce(x: Any, kernels: Any, comm: Any) -> tuple[Any, Any]:
 
     Collective, Raises: as forward, but for a count of 1.
     """
-    moments = kernels.stats(x, None)
-    wide = x.dtype.itemsize == 8
-    if wide:
-        moments[-1] += _WIDE
+    moments = kernels.stats(x, None, mask)
+    is_float64 = x.dtype.itemsize == 8
+    if is_float64:
+        moments[-1] += _FLOAT64_MARK
     comm.all_reduce(moments)
-    if not wide:
+    if not is_float64:
         return moments, None
-    check_count(float(moments[-1]) if getattr(moments, "is_cpu", True) else None, comm, wide)
+    check_count(float(moments[-1]) if getattr(moments, "is_cpu", True) else None, comm, is_float64=True)
     # Squares of float64 are not exact in float64, so var = E[x^2] - mean^2 would cancel: take them about the mean.
-    count = moments[-1] - _WIDE * comm.world_size
+    count = moments[-1] - _FLOAT64_MARK * comm.world_size
     center = moments[: x.shape[1]] / (count + (count == 0))
-    moments = kernels.stats(x, center)
+    moments = kernels.stats(x, center, mask)
     comm.all_reduce(moments)
     return moments, center
 
@@ -94,10 +66,11 @@ def normalise(
     center: Any,
     epilogue: Epilogue = PLAIN,
     residual: Any = None,
+    mask: Any = None,
 ) -> Any:
-    """Normalises x by moments of all ranks, as reduce returned them. The rest as forward, but that nothing is sent."""
-    check_count(kernels.combine(moments, center, *running, eps), comm)
-    kernels.elemt(x, moments, weight, bias, y, epilogue, residual)
+    """Normalises x by moments of all ranks, as reduce returned them: the second half of forward; sends nothing."""
+    count = kernels.normalise(x, moments, center, running, eps, weight, bias, y, epilogue, residual, mask)
+    check_count(count, comm)
     return moments
 
 
@@ -112,10 +85,11 @@ def forward(
     comm: Any,
     epilogue: Epilogue = PLAIN,
     residual: Any = None,
+    mask: Any = None,
 ) -> Any:
     """Normalises x by the mean and variance over the x of all ranks.
 
-    y = (x - mean) * invstd * weight + bias, and in place
+    y = activation((x - mean) * invstd * weight + bias + residual), and in place
     running = (1 - momentum) * running + momentum * (mean, var * count / (count - 1)).
 
     Args:
@@ -126,8 +100,9 @@ def forward(
         eps: added to the variance.
         kernels: the arithmetic for x.
         comm: the communicator.
-        epilogue: activation and in-place work in the same pass.
-        residual: as x, added before the activation; or None.
+        epilogue: the activation, and whether y overwrites x.
+        residual: as x, or None.
+        mask: (N, 1, *) bool, the valid positions, or None for all; not served yet.
 
     Returns:
         statistics, (2c + 1,) float64 = [mean | invstd | count] over all ranks.
@@ -137,11 +112,11 @@ def forward(
 
     Raises:
         ValueError: one element a channel over all ranks, on every rank (on accelerators, where reading the count
-            would stall the device, y is then `bias` and the running statistics stay untouched).
-        RuntimeError: another rank refused its input, or float64 input on some ranks only. On every rank.
+            would stall the device, y is then `bias`). Nothing is written to y, nor to the running statistics.
+        RuntimeError: another rank refused its input, or float64 input on some ranks only. As ValueError.
     """
-    moments, center = reduce(x, kernels, comm)
-    return normalise(x, y, weight, bias, running, eps, kernels, comm, moments, center, epilogue, residual)
+    moments, center = reduce(x, kernels, comm, mask)
+    return normalise(x, y, weight, bias, running, eps, kernels, comm, moments, center, epilogue, residual, mask)
 
 
 def backward_reduce(
@@ -157,9 +132,10 @@ def backward_reduce(
     epilogue: Epilogue = PLAIN,
     gate: Any = None,
     g: Any = None,
+    mask: Any = None,
 ) -> Any:
-    """Sums over all ranks what backward needs. Arguments and collective as backward; returns its (2c,) float64."""
-    sums = kernels.backward_reduce(dy, x, statistics, weight, bias, grad_weight, grad_bias, epilogue, gate, g)
+    """Sums over all ranks what the gradient of x needs: the first half of backward. Returns its (2c,) float64."""
+    sums = kernels.backward_reduce(dy, x, statistics, weight, bias, grad_weight, grad_bias, epilogue, gate, g, mask)
     comm.all_reduce(sums)
     return sums
 
@@ -178,41 +154,46 @@ def backward(
     epilogue: Epilogue = PLAIN,
     gate: Any = None,
     g: Any = None,
+    mask: Any = None,
 ) -> None:
     """Differentiates forward.
 
-    dx = weight * invstd * (g - sum_g / count - (x - mean) * invstd^2 * sum_g_xmu / count), with g = dy * activation'.
+    dx = weight * invstd * (g - sum_g / count - (x - mean) * invstd^2 * sum_g_xmu / count), with g the gradient of what
+    forward's activation is applied to: dy where there is none.
 
     Args:
         dy: as x, the gradient of this rank's y.
         dx: as x, dense: where the gradient of x goes.
-        x, weight, bias, kernels, comm, epilogue: as given to forward; after in-place work, x is y.
+        x, weight, bias, kernels, comm, epilogue, mask: as given to forward; after in-place work, x is y.
         grad_weight, grad_bias: (c,) or None: where the gradients of weight and bias go, of this rank's elements alone,
             so that data-parallel training averages them like every other gradient.
         statistics: as forward returned them.
-        gate, g: after a forward with activation and residual, the kernels' `gate` and `g`; else None.
+        gate, g: after a forward with activation and residual: y (of silu the residual), and as x, where the gradient
+            of the residual goes.
 
     Collective:
         all_reduce of 2c float64. Every rank must call.
     """
     arrays = dy, x, weight, bias, grad_weight, grad_bias, statistics
-    sums = backward_reduce(*arrays, kernels, comm, epilogue, gate, g)
-    if g is not None:  # dy went through the activation already
+    sums = backward_reduce(*arrays, kernels, comm, epilogue, gate, g, mask)
+    if g is not None:  # it is dy after the activation
         dy, epilogue = g, epilogue._replace(activation="none")
-    kernels.backward_elemt(dy, x, statistics, weight, bias, sums, dx, epilogue)
+    kernels.backward_elemt(dy, x, statistics, weight, bias, sums, dx, epilogue, mask)
 
 
 def eval_forward(
     x: Any, y: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, eps: float, kernels: Any
 ) -> Any:
     """Normalises x by the running statistics: as forward, with nothing sent and nothing updated."""
-    # Running statistics as moments: those, about running_mean, of one element with that variance.
+    # The moments about running_mean, in float64, of two elements with that mean and variance: normalise makes exactly
+    # running_mean and running_var of them.
+    c = x.shape[1]
     moments = kernels.stats(x[:0], None)
-    moments[: x.shape[1]], moments[x.shape[1] : -1], moments[-1] = running_mean, running_var, 1
-    center = 1.0 * moments[: x.shape[1]]
-    moments[: x.shape[1]] = 0
-    kernels.combine(moments, center, *Running(), eps)
-    kernels.elemt(x, moments, weight, bias, y)
+    moments[:c] = running_mean
+    center = 1.0 * moments[:c]
+    moments[:c], moments[c:-1], moments[-1] = 0, running_var, 2
+    moments[c:-1] *= 2
+    kernels.normalise(x, moments, center, Running(), eps, weight, bias, y)
     return moments
 
 
@@ -251,9 +232,15 @@ def rank_prefix(comm: Any) -> str:
     return f"[rank {comm.rank}/{comm.world_size}] " if comm.world_size > 1 else ""
 
 
-def check_count(count: float | None, comm: Any, wide: bool = False) -> None:
-    """Raises, on all ranks alike, what all can see of a message. None: reading the count was not free."""
-    if count is None or (count > 1 and count.is_integer() and not wide):
+def check_count(count: float | None, comm: Any, is_float64: bool = False) -> None:
+    """Raises, on all ranks alike, the error that a message's count tells of.
+
+    Args:
+        count: the sum of the ranks' counts, or None where reading it would stall the device.
+        comm: the communicator.
+        is_float64: whether it is that of the first message of float64 input, with marks.
+    """
+    if count is None or not (is_float64 or is_refused(count)):
         return
     marks, elements = math.modf(count)
     if elements != elements:
@@ -261,14 +248,19 @@ def check_count(count: float | None, comm: Any, wide: bool = False) -> None:
             f"{rank_prefix(comm)}expected statistics from every rank; another rank refused its input and raised an "
             "error: see that rank's message. The running statistics are untouched"
         )
-    if marks != wide * _WIDE * comm.world_size:
+    if marks != is_float64 * _FLOAT64_MARK * comm.world_size:
         raise RuntimeError(
-            f"{rank_prefix(comm)}expected float64 input on every rank or on none; got it on {marks / _WIDE:g} of "
-            f"{comm.world_size}, and here {'also' if wide else 'not'}: give all ranks, empty ones too, one dtype; or a "
-            "rank has failed between its two messages, see what it says"
+            f"{rank_prefix(comm)}expected float64 input on every rank or on none; got it on {marks / _FLOAT64_MARK:g} "
+            f"of {comm.world_size}, and here {'also' if is_float64 else 'not'}: give all ranks, empty ones too, "
+            "one dtype; or a rank has failed between its two messages, see what it says"
         )
     if elements == 1:
         raise ValueError(
             f"{rank_prefix(comm)}expected more than 1 value per channel when training, over all ranks together; "
             "got 1: use larger batches or inputs, or eval mode"
+        )
+    if is_refused(elements):
+        raise RuntimeError(
+            f"{rank_prefix(comm)}expected the ranks' counts to sum to a number of elements; got {elements:g}: see that "
+            "the communicator sums correctly"
         )

@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from . import core
+from .arguments import check_arguments
 from .comm import Communicator, GroupHandle, LocalCommunicator
-from .kernels import PLAIN, select
-from .layout import check_arguments, layout_of
+from .kernels import Running, empty, select
+from .layout import layout_of
 
 __all__ = ["SyncBatchNorm"]
 
@@ -117,13 +118,13 @@ class SyncBatchNorm:
         comm = self._group.communicator("comm") if self.training and self.comm is not None else LocalCommunicator()
         try:
             self._check(x)
+            kernels = select(x)
         except Exception as error:
             core.refuse(error, np.empty(2 * self.num_features + 1), comm)
-        y = _empty_like(x)
-        kernels = select(x)
+        y: Array = empty(layout_of(x), x)
         weight = None if self.weight is None else self.weight.copy()  # backward's, whatever an optimizer does before it
         if self.training or self.running_mean is None:
-            running = self._running() if self.training and self.track_running_stats else core.Running()
+            running = self._running() if self.training and self.track_running_stats else Running()
             statistics = core.forward(x, y, weight, self.bias, running, self.eps, kernels, comm)
             self._saved = x, weight, statistics, comm
         else:
@@ -143,12 +144,8 @@ class SyncBatchNorm:
         momentum = 0.0 if self.momentum is None else self.momentum
         check_arguments(x, self.num_features, *vectors, momentum, self.eps)
 
-    def _running(self) -> core.Running:
-        batches = self.num_batches_tracked
-        momentum = self.momentum
-        if momentum is None:  # a cumulative average, of which this batch is one part in as many as there are with it
-            momentum = 0.0 if batches is None else 1.0 / (int(batches) + 1)
-        return core.Running(self.running_mean, self.running_var, batches, momentum)
+    def _running(self) -> Running:
+        return Running.of(self.running_mean, self.running_var, self.num_batches_tracked, self.momentum)
 
     def backward(self, dy: Array) -> Array:
         """Returns dx for the latest forward, and sets grad_weight and grad_bias.
@@ -171,15 +168,15 @@ class SyncBatchNorm:
                 raise TypeError(f"expected dy of real numbers; got {dy.dtype}: pass the gradient of y")
         except Exception as error:
             core.refuse(error, np.empty(2 * self.num_features), comm or LocalCommunicator())
-        dx, dy = _empty_like(x), dy.astype(x.dtype, copy=False)
-        kernels = select(x)
+        dx: Array = empty(layout_of(x), x)
+        dy, kernels = dy.astype(x.dtype, copy=False), select(x)
         self.grad_weight = None if self.weight is None else np.empty_like(self.weight)
         self.grad_bias = None if self.bias is None else np.empty_like(self.bias)
         gradients = self.grad_weight, self.grad_bias
         if comm is None:
             core.eval_backward(dy, x, dx, weight, *gradients, statistics, kernels)
         else:
-            core.backward(dy, x, dx, weight, None, *gradients, statistics, kernels, comm, PLAIN)
+            core.backward(dy, x, dx, weight, None, *gradients, statistics, kernels, comm)
         return dx
 
     def state_dict(self) -> dict[str, Array]:
@@ -211,10 +208,3 @@ class SyncBatchNorm:
             f"SyncBatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
             f"track_running_stats={self.track_running_stats})"
         )
-
-
-def _empty_like(x: Array) -> Array:
-    """Returns a dense array of x's shape, dtype and memory format, to be filled."""
-    layout = layout_of(x)
-    y: Array = layout.restore(np.empty(layout.flat_shape, x.dtype))
-    return y

@@ -6,19 +6,39 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from syncbn.kernels import aten, cpu, reference
+from syncbn.kernels import PLAIN, Running, aten, cpu, reference
 
+NOTHING = Running()  # to update
 # Element-wise results in float32 from six operations; sums in float64 of at most 500 terms of order 1.
 ELEMENT = {"rtol": 8 * 2.0**-24, "atol": 8 * 2.0**-24}
 SUM = {"rtol": 1e-13, "atol": 1e-13}
 
 
+def normalised(kernels, x, statistics, weight, bias, epilogue=PLAIN, residual=None, y=None):
+    """Calls normalise so that it works with these statistics, [mean | invstd | any count], and returns y."""
+    c = x.shape[1]
+    y = nan_like(x) if y is None else y
+    moments = statistics * 0 + 2.0  # of two elements: the count changes nothing here
+    moments[:c], moments[c:-1] = 0.0, 2.0 / statistics[c:-1] ** 2
+    count = kernels.normalise(x, moments, statistics[:c], NOTHING, 0.0, weight, bias, y, epilogue, residual)
+    assert count == 2.0
+    return y
+
+
+def combined(kernels, moments, center=None, running=NOTHING, eps=0.0):
+    """Calls normalise with an empty x, for what it makes of moments and running; returns the count."""
+    c = len(moments) // 2
+    x = moments[:0].reshape(0, c, 1)
+    return kernels.normalise(x, moments, center, running, eps, None, None, x)
+
+
+def nan_like(x):
+    return torch.full_like(x, torch.nan) if isinstance(x, torch.Tensor) else np.full(x.shape, np.nan, x.dtype)
+
+
 def filled(kernel, *arguments, **options):
     """Calls a kernel that writes into an array like its first argument, and returns that."""
-    like = arguments[0]
-    out = (
-        torch.full_like(like, torch.nan) if isinstance(like, torch.Tensor) else np.full(like.shape, np.nan, like.dtype)
-    )
+    out = nan_like(arguments[0])
     assert kernel(*arguments, out, **options) is None
     return out
 

@@ -44,8 +44,9 @@ cpu.stats(x, None)
 MISALIGNED = """
 import numpy as np
 from syncbn.kernels import cpu
-moments = np.frombuffer(bytearray(1 + 24), np.float64, offset=1)
-cpu.combine(moments, None, None, None, None, 0.1, 1e-5)
+from syncbn.kernels import Running
+x, moments = np.ones((2, 1, 1), np.float32), np.frombuffer(bytearray(1 + 24), np.float64, offset=1)
+cpu.normalise(x, moments, None, Running(), 1e-5, None, None, x)
 """
 FAULTS = {"AddressSanitizer: heap-buffer-overflow": PAST_THE_END, "misaligned address": MISALIGNED}
 

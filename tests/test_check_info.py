@@ -20,7 +20,7 @@ from syncbn.cli import main
 from syncbn.cli.check import Case, all_cases, compare
 from syncbn.comm import shared_memory
 from syncbn.comm.torch import TorchCommunicator
-from syncbn.kernels import aten, cpu, reference
+from syncbn.kernels import Running, aten, cpu, reference, selection
 
 
 def lines_of(output, status):
@@ -72,13 +72,13 @@ def assert_all_well(output, ranks):
 
 
 def _biased_running_var(real):
-    def combine(moments, *arguments):
+    def normalise(x, moments, center, running, *arguments):
         biased = moments.clone() if isinstance(moments, torch.Tensor) else moments.copy()
         biased[-1] += 1
-        real(biased, *arguments)
-        real(moments, arguments[0], None, None, None, *arguments[4:])
+        real(x, biased, center, running, *arguments)
+        return real(x, moments, center, Running(), *arguments)
 
-    return combine
+    return normalise
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def without_cpu_kernels(monkeypatch):
 @pytest.mark.usefixtures("without_cpu_kernels")
 @pytest.mark.parametrize(("kernels", "frontend"), [(aten, "torch"), (reference, "numpy")])
 def test_wrong_count_fails_the_frontend_that_uses_it(kernels, frontend, monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "combine", _biased_running_var(kernels.combine))
+    monkeypatch.setattr(kernels, "normalise", _biased_running_var(kernels.normalise))
     assert main(["check"]) == 1
     failed = lines_of(capsys.readouterr().out, "FAIL")
     assert len(failed) == sum(case.frontend == frontend for case in all_cases(1))
@@ -98,7 +98,7 @@ def test_wrong_count_fails_the_frontend_that_uses_it(kernels, frontend, monkeypa
 
 
 def test_wrong_count_in_the_cpu_kernels_fails_all(monkeypatch, capsys):
-    monkeypatch.setattr(cpu, "combine", _biased_running_var(cpu.combine))
+    monkeypatch.setattr(cpu, "normalise", _biased_running_var(cpu.normalise))
     assert main(["check"]) == 1
     assert len(lines_of(capsys.readouterr().out, "FAIL")) == len(list(all_cases(1)))
 
@@ -119,10 +119,10 @@ def test_one_float32_rounding_too_many_in_dx_fails(monkeypatch, capsys):
 def test_check_that_raises_is_reported_and_the_rest_go_on(monkeypatch, capsys):
     real = cpu.stats
 
-    def stats(x, center):
+    def stats(x, *arguments):
         if x.dtype == torch.bfloat16:
             raise ValueError("no bfloat16 today")
-        return real(x, center)
+        return real(x, *arguments)
 
     monkeypatch.setattr(cpu, "stats", stats)
     assert main(["check"]) == 1
@@ -141,7 +141,9 @@ def _ratios(rank, group, broken):
     if broken:
         real = TorchCommunicator.all_reduce
         # Those of 2C elements pass, for check itself sums the parameters' gradients by one.
-        TorchCommunicator.all_reduce = lambda self, buffer: real(self, buffer) if len(buffer) == 10 else None
+        TorchCommunicator.all_reduce = lambda self, buffer, label=None: (
+            real(self, buffer) if len(buffer) == 10 else None
+        )
     return [compare(case, 0, rank, 2, group).ratio for case in cases]
 
 
@@ -161,10 +163,10 @@ def _check_with_a_rank_that_raises(rank, group):
     check_module.all_cases = lambda ranks: iter(cases)
     real = cpu.stats
 
-    def stats(x, center):
+    def stats(x, *arguments):
         if rank == 1 and x.dtype == torch.float16:
             raise KeyError("mine alone")
-        return real(x, center)
+        return real(x, *arguments)
 
     cpu.stats = stats
     return _check(rank, group)
@@ -198,7 +200,7 @@ def test_info_names_versions_kernels_communicators_and_choice(capsys, monkeypatc
         r"reference +available",
         r"aten +available",
         r"cpu +available: .*, instruction set (avx512|avx2|baseline)",
-        r"kernels +cpu for torch tensors on the CPU and NumPy arrays",
+        r"kernels +cpu for torch tensors on the CPU and NumPy arrays, aten for torch tensors on other devices: the",
         r"local +available",
         r"torch +available.*gloo yes",
         r"shared_memory +available: ranks of one machine",
@@ -216,7 +218,35 @@ def test_info_says_when_the_cpu_kernels_are_missing(capsys, monkeypatch):
     assert main(["info"]) == 0
     output = capsys.readouterr().out
     assert re.search(r"cpu +not available: (installed without a C\+\+ compiler|imported from a source folder)", output)
-    assert re.search(r"kernels +aten for torch tensors, reference for NumPy arrays", output)
+    assert re.search(
+        r"kernels +aten for torch tensors on the CPU and torch tensors on other devices, reference for NumPy arrays:",
+        output,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("aten", "aten for torch tensors on the CPU and torch tensors on other devices, none for NumPy arrays: as "),
+        ("cpu", "cpu for torch tensors on the CPU and NumPy arrays, none for torch tensors on other devices: as "),
+        (
+            "fast",
+            "none: expected the environment variable SYNCBN_KERNELS to be one of cpu, reference, aten; got 'fast'",
+        ),
+    ],
+)
+def test_info_says_which_kernels_the_environment_asks_for(name, said, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(selection, "_FORCED", name)
+    assert main(["info"]) == 0
+    assert re.search(f"kernels +{re.escape(said)}", capsys.readouterr().out)
+
+
+def test_check_names_the_kernels_that_it_checked(capsys, monkeypatch):
+    monkeypatch.setattr(selection, "_FORCED", "aten")
+    monkeypatch.setattr(check_module, "all_cases", lambda ranks: iter([Case("whole", "torch", "float32", "2-D")]))
+    assert main(["check"]) == 0
+    assert ", kernels aten: all ok" in capsys.readouterr().out
 
 
 def test_a_source_folder_without_its_library_warns_and_an_installation_without_a_compiler_does_not(monkeypatch):
@@ -267,13 +297,14 @@ def test_an_environment_that_cannot_be_is_one_line_of_check_and_demo_and_shown_b
     assert re.search(rf"world +unclear: {message}", capsys.readouterr().out)
 
 
-def test_info_works_without_torch(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.delenv("RANK", raising=False)
-    assert main(["info"]) == 0
-    output = capsys.readouterr().out
-    assert "torch cannot be imported" in output
-    assert re.search(r"aten +not available", output)
+def test_info_works_without_torch():
+    code = "import sys; sys.modules['torch'] = None; from syncbn.cli import main; sys.exit(main(['info']))"
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "torch cannot be imported" in done.stdout
+    assert re.search(r"aten +not available: it cannot be imported \(ModuleNotFoundError: ", done.stdout)
+    assert re.search(r"kernels +cpu for NumPy arrays: ", done.stdout)
 
 
 @pytest.mark.parametrize("name", ["OMPI_COMM_WORLD", "PMI"])

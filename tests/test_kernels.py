@@ -5,15 +5,15 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from implementations import ELEMENT, SUM, filled
+from implementations import ELEMENT, SUM, combined, filled, normalised
 from steps import rounded
 
-from syncbn.kernels import aten, cpu, reference, select
+from syncbn.kernels import Running, aten, cpu, reference
 
 SHAPES = [(5, 3, 7), (1, 1, 1), (4, 1, 9), (9, 6, 1), (1, 300, 2), (0, 4, 3), (3, 4, 0), (2, 2, 49)]
 SHAPES += [(9, 2, 601), (5, 48, 1)]  # of which results may go past the caches
 SHAPES += [(150, 3, 1), (70, 12, 1)]  # narrow rows, which are taken together, with some left over
-NAMES = ["stats", "combine", "elemt", "backward_reduce", "backward_elemt"]
+NAMES = ["stats", "normalise", "backward_reduce", "backward_elemt"]
 
 
 @pytest.fixture(params=SHAPES, ids=str)
@@ -41,15 +41,7 @@ def test_no_implementation_has_public_functions_beside_the_contract():
     for kernels in (reference, aten, cpu):
         public = {n for n, v in vars(kernels).items() if inspect.isfunction(v) and not n.startswith("_")}
         own = {n for n in public if vars(kernels)[n].__module__ == kernels.__name__}
-        assert own - {"serves", "instruction_set", "absence", "prefer_huge_pages"} == set(NAMES)
-
-
-def test_select_takes_the_fastest_that_serves(monkeypatch):
-    assert select(np.ones(1)) is select(torch.ones(1)) is cpu
-    assert select(torch.ones(1, device="meta")) is aten
-    monkeypatch.setattr(cpu, "_library", None)
-    assert select(np.ones(1)) is reference
-    assert select(torch.ones(1)) is aten
+        assert own - {"serves", "absence", "description", "instruction_set", "prefer_huge_pages"} == set(NAMES)
 
 
 @pytest.mark.parametrize("centred", [False, True])
@@ -72,12 +64,12 @@ def test_stats_leave_a_float64_input_as_it_is(implementation):
 
 @pytest.mark.parametrize("buffers", ["float16", "float32", "float64", None])
 @pytest.mark.parametrize("center", [None, np.array([0.25, -0.5])])
-def test_combine(implementation, buffers, center):
+def test_statistics_and_running_statistics(implementation, buffers, center):
     moments = np.array([3.0, 4.0, 9.0, 16.0, 8.0])
     running = [None, None] if buffers is None else [np.array([1, 2], buffers), np.array([3, 4], buffers)]
     batches = None if buffers is None else np.array(6)
     found, center_, batches, *running = implementation.arrays(moments, center, batches, *running)
-    assert implementation.combine(found, center_, *running, batches, 0.25, 1e-3) == 8.0
+    assert combined(implementation, found, center_, Running(*running, batches, 0.25), 1e-3) == 8.0
     mean = (0.0 if center is None else center) + np.array([3, 4]) / 8
     var = np.array([9, 16]) / 8 - (np.array([3, 4]) / 8) ** 2
     np.testing.assert_allclose(found, [*mean, *(1 / np.sqrt(var + 1e-3)), 8.0], rtol=1e-15)
@@ -89,30 +81,61 @@ def test_combine(implementation, buffers, center):
         assert (batches, batches.dtype) == (7, implementation.dtype("int64"))
 
 
-def test_combine_updates_buffers_of_any_strides_and_of_two_dtypes(implementation):
+def test_running_buffers_have_any_strides_and_two_dtypes(implementation):
     moments, wide = implementation.arrays(np.array([3.0, 4.0, 9.0, 16.0, 8.0]), np.ones((2, 2), np.float32))
     running_mean, (running_var,) = wide[:, 0], implementation.arrays(np.ones(2, np.float16))
-    implementation.combine(moments, None, running_mean, running_var, None, 1.0, 0.0)
+    combined(implementation, moments, running=Running(running_mean, running_var, None, 1.0))
     np.testing.assert_allclose(wide, [[3 / 8, 1], [4 / 8, 1]])
     np.testing.assert_allclose(running_var, (np.array([9, 16]) / 8 - np.array([9, 16]) / 64) * 8 / 7, rtol=2.0**-11)
 
 
-@pytest.mark.parametrize("count", [0.0, 1.0, 8.5, float("nan")])
-def test_combine_leaves_running_statistics_of_no_valid_count_untouched(implementation, count):
-    moments = np.array([2.0, 4.0, count]) if count else np.zeros(3)
-    moments, *running = implementation.arrays(moments, np.array([5.0]), np.array([6.0]), np.array(7))
-    implementation.combine(moments, None, *running, 0.5, 1e-5)
+@pytest.mark.parametrize("buffers", ["float32", "float16"])
+@pytest.mark.parametrize("count", [1.0, 8.5, -2.0, 2.0**-20, float("nan"), float("inf"), 8.0])
+def test_nothing_is_written_at_a_refused_count(implementation, count, buffers):
+    """Neither moments nor running statistics nor y, bit by bit; with a count of 8, the negative control, all are."""
+    x = np.random.default_rng(0).standard_normal((2, 2, 3)).astype(np.float32)
+    arrays = [np.array([3.0, 4.0, 9.0, 16.0, count]), np.array([[5.0, 0], [6.0, 0]], buffers), np.array([6.0, 7.0])]
+    x, moments, wide, running_var, batches, counter, y = written = implementation.arrays(
+        x, *arrays, np.array(7), np.array(7.0), np.full_like(x, 3.0)
+    )
+    before = implementation.arrays(*map(np.asarray, written))
+    for tracked in (batches, counter):
+        arguments = moments, None, Running(wide[:, 0], running_var, tracked, 0.5), 1e-5, None, None, y
+        found = implementation.normalise(x, *arguments)
+        assert found == count or (found != found and count != count)
+        if count == 8.0:
+            moments[:] = before[1]
+    same = [np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(written, before, strict=True)]
+    assert same == ([True, True, *[False] * 5] if count == 8.0 else [True] * 7)
+
+
+def test_a_count_of_0_leaves_the_running_statistics_and_is_no_error(implementation):
+    moments, *running = implementation.arrays(np.zeros(3), np.array([5.0]), np.array([6.0]), np.array(7))
+    assert combined(implementation, moments, running=Running(*running, 0.5), eps=0.25) == 0.0
     assert [v.item() for v in running] == [5.0, 6.0, 7]
-    if count == count:
-        assert np.isfinite(np.asarray(moments)).all()
+    assert [float(v) for v in moments] == [0.0, 2.0, 0.0]
 
 
 @pytest.mark.parametrize("dtype", ["int32", "float32", "float64"])
-def test_combine_counts_batches_in_a_counter_of_any_dtype(implementation, dtype):
-    """As averages of checkpoints leave one; and writes to nothing beside it."""
+def test_batches_are_counted_in_a_counter_of_any_dtype(implementation, dtype):
+    """As averages of checkpoints leave one; nothing beside it is written."""
     moments, counters = implementation.arrays(np.array([3.0, 9.0, 8.0]), np.array([-1, 7], dtype))
-    implementation.combine(moments, None, None, None, counters[:1].reshape(()), 0.1, 1e-5)
+    combined(implementation, moments, running=Running(None, None, counters[:1].reshape(()), 0.1))
     assert counters.tolist() == [0, 7]
+
+
+def test_no_kernel_takes_a_mask_yet(implementation):
+    """Instead of leaving it out of the sums in silence."""
+    x, statistics, mask = implementation.arrays(np.ones((2, 3, 4)), np.ones(7), np.ones((2, 1, 4), bool))
+    for call in (
+        lambda: implementation.stats(x, None, mask),
+        lambda: implementation.normalise(x, statistics, None, Running(), 0.1, None, None, x, mask=mask),
+        lambda: implementation.backward_reduce(x, x, statistics, None, None, mask=mask),
+        lambda: implementation.backward_elemt(x, x, statistics, None, None, statistics[:6], x, mask=mask),
+    ):
+        with pytest.raises(NotImplementedError, match="expected mask to be None"):
+            call()
+    assert np.asarray(x).tolist() == np.ones((2, 3, 4)).tolist()
 
 
 def test_sums_of_infinities_are_infinite(implementation):
@@ -124,18 +147,18 @@ def test_sums_of_infinities_are_infinite(implementation):
     assert [float(v) for v in sums[:3]] == [80, 80, -np.inf]
 
 
-def test_combine_never_takes_the_root_of_a_negative_variance(implementation):
+def test_the_root_of_a_negative_variance_is_never_taken(implementation):
     (moments,) = implementation.arrays(np.array([3 * 0.1, 3 * 0.1 * 0.1 * (1 - 1e-15), 3.0]))
-    implementation.combine(moments, None, None, None, None, 0.1, 1e-12)
+    combined(implementation, moments, eps=1e-12)
     assert moments[1] == pytest.approx(1e6, rel=1e-12)
 
 
 @pytest.mark.parametrize("affine", ["both", "weight", "bias", "neither"])
-def test_elemt(implementation, arrays, affine):
+def test_normalise(implementation, arrays, affine):
     x, _, statistics, weight, bias = arrays
     weight, bias = weight if affine in ("both", "weight") else None, bias if affine in ("both", "bias") else None
-    expected = filled(reference.elemt, x, statistics, weight, bias)
-    found = filled(implementation.elemt, *implementation.arrays(x, statistics, weight, bias))
+    expected = normalised(reference, x, statistics, weight, bias)
+    found = normalised(implementation, *implementation.arrays(x, statistics, weight, bias))
     np.testing.assert_allclose(found, expected, **ELEMENT)
 
 
@@ -197,13 +220,13 @@ def test_results_have_the_inputs_dtype_and_one_rounding(implementation, arrays, 
     x, dy = rounded(x, dtype), rounded(dy, dtype)
     narrow = [torch.from_numpy(v).to(getattr(torch, dtype)) for v in (x, dy)]
     narrow_x, narrow_dy = narrow if implementation.library == "torch" else [v.numpy() for v in narrow]
-    y = filled(implementation.elemt, narrow_x, *implementation.arrays(statistics, weight, bias))
+    y = normalised(implementation, narrow_x, *implementation.arrays(statistics, weight, bias))
     sums = np.ones(2 * x.shape[1])
     arguments = implementation.arrays(statistics, weight, None, sums)
     dx = filled(implementation.backward_elemt, narrow_dy, narrow_x, *arguments)
     assert y.dtype == dx.dtype == narrow_x.dtype
     for found, expected in (
-        (y, filled(reference.elemt, x, statistics, weight, bias)),
+        (y, normalised(reference, x, statistics, weight, bias)),
         (dx, filled(reference.backward_elemt, dy, x, statistics, weight, None, sums)),
     ):
         found = found.double() if implementation.library == "torch" else found
@@ -222,11 +245,9 @@ def test_cpu_and_aten_give_the_same_bits(implementation, shape, dtype):
     statistics[-1] = x[:, 0].numel()
     weight, bias = torch.rand(2, shape[1], dtype=torch.float64 if dtype == "float64" else torch.float32)
     sums = torch.rand(2 * shape[1], dtype=torch.float64) * x[:, 0].numel()
-    for name, arguments in {
-        "elemt": (x, statistics, weight, bias),
-        "backward_elemt": (dy, x, statistics, weight, bias, sums),
-    }.items():
-        assert torch.equal(*[filled(getattr(kernels, name), *arguments) for kernels in (aten, cpu)]), name
+    assert torch.equal(*[normalised(kernels, x, statistics, weight, bias) for kernels in (aten, cpu)])
+    arguments = dy, x, statistics, weight, bias, sums
+    assert torch.equal(*[filled(kernels.backward_elemt, *arguments) for kernels in (aten, cpu)])
     for name, arguments in {"stats": (x, None), "backward_reduce": (dy, x, statistics, weight, bias)}.items():
         results = [getattr(kernels, name)(*arguments) for kernels in (aten, cpu)]
         torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12 * x.numel())
@@ -235,9 +256,9 @@ def test_cpu_and_aten_give_the_same_bits(implementation, shape, dtype):
 @pytest.mark.parametrize("shape", [(3, 5, 67), (67, 37, 1)], ids=str)
 def test_without_a_bias_zeros_keep_their_sign(shape):
     x, statistics = torch.ones(shape), torch.ones(2 * shape[1] + 1, dtype=torch.float64)
-    y = filled(cpu.elemt, x, statistics, -torch.ones(shape[1]), None)
+    y = normalised(cpu, x, statistics, -torch.ones(shape[1]), None)
     assert (y == 0).all()
-    assert torch.equal(y.signbit(), filled(aten.elemt, x, statistics, -torch.ones(shape[1]), None).signbit())
+    assert torch.equal(y.signbit(), normalised(aten, x, statistics, -torch.ones(shape[1]), None).signbit())
     assert y.signbit().all()
 
 
@@ -246,7 +267,7 @@ def test_cpu_kernels_refuse_other_dtypes(dtype):
     x, statistics = torch.ones(2, 3, 4, dtype=dtype), torch.ones(7, dtype=torch.float64)
     for call in (
         lambda: cpu.stats(x, None),
-        lambda: cpu.elemt(x, statistics, None, None, x),
+        lambda: cpu.normalise(x, statistics, None, Running(), 0.1, None, None, x),
         lambda: cpu.backward_reduce(x, x, statistics, None, None),
         lambda: cpu.backward_elemt(x, x, statistics, None, None, torch.ones(6, dtype=torch.float64), x),
     ):
@@ -266,7 +287,7 @@ def test_cpu_kernels_keep_nan_and_infinity(value, dtype):
     x = torch.ones(2, 3, 40).to(getattr(torch, dtype))
     x[0, 1, 7] = x[1, 1, 39] = value
     vector, statistics = torch.ones(3), torch.ones(7, dtype=torch.float64)
-    y, expected = (filled(kernels.elemt, x, statistics, vector, vector) for kernels in (cpu, aten))
+    y, expected = (normalised(kernels, x, statistics, vector, vector) for kernels in (cpu, aten))
     torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
     assert not torch.isfinite(y[0, 1, 7])
     assert torch.isfinite(y[:, ::2]).all()

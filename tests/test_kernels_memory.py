@@ -6,9 +6,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from implementations import ELEMENT, SUM, filled
+from implementations import ELEMENT, SUM, filled, normalised
 
-from syncbn.kernels import Tail, aten, cpu, reference
+from syncbn.kernels import Epilogue, aten, cpu, reference
 
 
 def as_stored(array, order):
@@ -46,9 +46,9 @@ def test_batches_are_taken_in_any_memory_format(implementation, order, order_of_
         y, dx = (as_stored(np.full_like(x, np.nan), written) for _ in range(2))
         if implementation.library == "torch":
             y, dx = torch.from_numpy(y), torch.from_numpy(dx)
-        implementation.elemt(found_x, statistics_, None, None, y)
+        normalised(implementation, found_x, statistics_, None, None, y=y)
         implementation.backward_elemt(found_dy, found_x, statistics_, None, None, sums_, dx)
-        expected = filled(reference.elemt, flat_x, statistics, None, None)
+        expected = normalised(reference, flat_x, statistics, None, None)
         np.testing.assert_allclose(np.asarray(y).reshape(2, 5, 12), expected, **ELEMENT)
         expected = filled(reference.backward_elemt, flat_dy, flat_x, statistics, None, None, sums)
         np.testing.assert_allclose(np.asarray(dx).reshape(2, 5, 12), expected, rtol=2.0**-20, atol=2.0**-20)
@@ -66,9 +66,9 @@ def test_cpu_kernels_take_every_ndarray(make):
         "negative": lambda: np.flip(np.flip(plain, (0, 2)).copy(), (0, 2)),
     }[make]()
     np.testing.assert_array_equal(x, plain)
-    np.testing.assert_array_equal(filled(cpu.elemt, x, statistics, None, None), plain - 1)
+    np.testing.assert_array_equal(normalised(cpu, x, statistics, None, None), plain - 1)
     y = np.zeros((3, 8, 6), np.float32).swapaxes(0, 1)[::2]
-    cpu.elemt(x, statistics, None, None, y)
+    normalised(cpu, x, statistics, None, None, y=y)
     np.testing.assert_array_equal(y, plain - 1)
     np.testing.assert_allclose(cpu.stats(x, None), reference.stats(plain, None), **SUM)
 
@@ -89,13 +89,13 @@ def test_temporaries_do_not_grow_with_the_input(monkeypatch):
     vector, statistics, out = torch.ones(16), torch.ones(33, dtype=torch.float64), torch.empty_like(x)
     for call in (
         lambda: aten.stats(x, None),
-        lambda: aten.elemt(x, statistics, vector, vector, out),
-        lambda: aten.elemt(x, statistics, vector, vector, out, Tail("silu"), x),
+        lambda: normalised(aten, x, statistics, vector, vector, y=out),
+        lambda: normalised(aten, x, statistics, vector, vector, Epilogue("silu"), x, out),
         lambda: aten.backward_reduce(x, x, statistics, vector, vector),
-        lambda: aten.backward_reduce(x, x, statistics, vector, vector, vector, vector, Tail("silu"), x, out),
+        lambda: aten.backward_reduce(x, x, statistics, vector, vector, vector, vector, Epilogue("silu"), x, out),
         lambda: aten.backward_elemt(x, x, statistics, vector, vector, torch.ones(32), out),
         lambda: aten.backward_elemt(
-            x, x, statistics, vector, vector, torch.ones(32), out, Tail("leaky_relu", 0.1, True)
+            x, x, statistics, vector, vector, torch.ones(32), out, Epilogue("leaky_relu", 0.1, True)
         ),
     ):
         sizes = []
@@ -114,9 +114,9 @@ def threads(request):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("tail", [Tail(), Tail("relu")], ids=lambda tail: tail.activation)
+@pytest.mark.parametrize("epilogue", [Epilogue(), Epilogue("relu")], ids=lambda epilogue: epilogue.activation)
 @pytest.mark.parametrize("shape", [(3, 25, 1001), (70, 1031, 1), (2, 3, 30011), (30011, 3, 1), (1, 1, 70001)], ids=str)
-def test_threads_share_the_work_and_change_no_result(shape, tail, dtype, threads):
+def test_threads_share_the_work_and_change_no_result(shape, epilogue, dtype, threads):
     """By channels, by parts of rows of few channels, and by rows of all channels."""
     torch.manual_seed(0)
     x, dy = (torch.randn(shape).to(getattr(torch, dtype)) for _ in range(2))
@@ -124,13 +124,13 @@ def test_threads_share_the_work_and_change_no_result(shape, tail, dtype, threads
     statistics, sums = torch.rand(2 * c + 1, dtype=torch.float64), torch.rand(2 * c, dtype=torch.float64)
     statistics[-1] = x[:, 0].numel()
     weight, bias = torch.rand(2, c)
-    y = filled(cpu.elemt, x, statistics, weight, bias, tail=tail)
-    dx = filled(cpu.backward_elemt, dy, x, statistics, weight, bias, sums, tail=tail)
-    found = cpu.stats(x, None), cpu.backward_reduce(dy, x, statistics, weight, bias, tail=tail)
+    y = normalised(cpu, x, statistics, weight, bias, epilogue=epilogue)
+    dx = filled(cpu.backward_elemt, dy, x, statistics, weight, bias, sums, epilogue=epilogue)
+    found = cpu.stats(x, None), cpu.backward_reduce(dy, x, statistics, weight, bias, epilogue=epilogue)
     torch.set_num_threads(1)
-    assert torch.equal(y, filled(cpu.elemt, x, statistics, weight, bias, tail=tail))
-    assert torch.equal(dx, filled(cpu.backward_elemt, dy, x, statistics, weight, bias, sums, tail=tail))
-    alone = cpu.stats(x, None), cpu.backward_reduce(dy, x, statistics, weight, bias, tail=tail)
+    assert torch.equal(y, normalised(cpu, x, statistics, weight, bias, epilogue=epilogue))
+    assert torch.equal(dx, filled(cpu.backward_elemt, dy, x, statistics, weight, bias, sums, epilogue=epilogue))
+    alone = cpu.stats(x, None), cpu.backward_reduce(dy, x, statistics, weight, bias, epilogue=epilogue)
     for several, one in zip(found, alone, strict=True):
         torch.testing.assert_close(several, one, rtol=1e-14, atol=1e-12)  # 70,000 terms of order 1
 

@@ -57,10 +57,10 @@ from syncbn.kernels import aten, cpu
 check._CASE_TIMEOUT = timedelta(seconds=1)
 check.all_cases = lambda ranks: [check.Case("even", "torch", dtype, "contiguous") for dtype in ("float32", "float16")]
 for kernels in (aten, cpu):
-    def stats(x, center, real=kernels.stats):
+    def stats(x, *arguments, real=kernels.stats):
         if x.itemsize == 2 and os.environ["rank"] == "1":
             raise KeyError("mine alone")
-        return real(x, center)
+        return real(x, *arguments)
     kernels.stats = stats
 from mpi4py import MPI
 os.environ["rank"] = str(MPI.COMM_WORLD.Get_rank())

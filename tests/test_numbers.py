@@ -7,6 +7,7 @@ import oracle
 import pytest
 import torch
 import torch.distributed as dist
+from implementations import combined
 from ranks import run_ranks
 from steps import batch, in_format
 
@@ -139,7 +140,7 @@ def test_float64_sums_of_squares_without_a_center_would_fail_at_mean_over_std_1e
     """The negative control of the second message of float64 input."""
     x = torch.from_numpy(np.concatenate(parts_of(3, EVEN[3], 1e6, np.float64)))
     moments = aten.stats(x, None)
-    aten.combine(moments, None, None, None, None, 0.1, 0.0)
+    combined(aten, moments)
     assert (abs(moments[x.shape[1] : -1] ** -2 / x.var((0, 2), correction=0) - 1) > 1e-6).all()
 
 

@@ -11,13 +11,16 @@ import torch
 from torch import nn
 
 import syncbn
+from syncbn.kernels import available
 
 PACKAGE = Path(syncbn.__file__).parent
 TESTS = Path(__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
+BENCHMARKS = sorted((TESTS.parent / "benchmarks").glob("*.py"))
 
 # What the modules of a room may import of ours; the directions, not the rooms, are the design.
 ALLOWED = {
+    "arguments": set(),
     "core": {"kernels"},
     "layout": set(),
     "native": set(),
@@ -27,8 +30,8 @@ ALLOWED = {
     "mpi": {"comm"},
     "world": {"world", "launcher", "comm", "mpi"},
     "functional": {"core", "comm", "nn"},
-    "numpy": {"core", "layout", "kernels", "comm"},
-    "nn": {"nn", "kernels", "core", "comm", "layout"},
+    "numpy": {"arguments", "core", "layout", "kernels", "comm"},
+    "nn": {"nn", "arguments", "kernels", "core", "comm", "layout"},
 }
 
 
@@ -56,9 +59,48 @@ def test_imports_point_down_only(path):
     assert "syncbn" not in outside or room == "cli", "inside the package, imports are relative"
     if room in ALLOWED:
         assert rooms <= ALLOWED[room]
-    if room in ("core", "layout"):
+    if room in ("arguments", "core", "layout"):
         assert outside <= set(sys.stdlib_module_names)
     assert "cli" not in rooms or room in ("cli", "__main__")
+
+
+def kernels_named_in(text):
+    """The implementations of the kernels that a file imports, or reads as attributes of the package."""
+    names = {implementation.name for implementation in available()}
+    found = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and "kernels" in (node.module or "").split("."):
+            found |= {node.module.split(".")[-1], *(alias.name for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[-1] for alias in node.names if "kernels" in alias.name.split(".")}
+        elif (
+            isinstance(node, ast.Attribute) and getattr(node.value, "attr", getattr(node.value, "id", "")) == "kernels"
+        ):
+            found.add(node.attr)
+    return found & names
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in [*SOURCES, *BENCHMARKS] if p.parent != PACKAGE / "kernels"],
+    ids=lambda p: f"{p.parent.name}-{p.name}",
+)
+def test_no_file_outside_kernels_names_an_implementation(path):
+    assert kernels_named_in(path.read_text()) == set()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from ..kernels import cpu",
+        "from .kernels.cpu import stats",
+        "import syncbn.kernels.cpu",
+        "import syncbn\nsyncbn.kernels.cpu.stats",
+        "from syncbn import kernels\nkernels.cpu",
+    ],
+)
+def test_the_rule_above_sees_every_way_to_name_one(text):
+    assert kernels_named_in(text) == {"cpu"}
 
 
 def test_the_rules_above_are_about_rooms_that_exist():
@@ -94,7 +136,7 @@ def test_public_names_are_bound():
 
 @pytest.mark.parametrize(
     "path",
-    [*SOURCES, *sorted(TESTS.rglob("*.py")), *sorted((TESTS.parent / "benchmarks").glob("*.py"))],
+    [*SOURCES, *sorted(TESTS.rglob("*.py")), *BENCHMARKS, *sorted((PACKAGE / "csrc").glob("*"))],
     ids=lambda p: p.name,
 )
 def test_files_are_one_room_each(path):

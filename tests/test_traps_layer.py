@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import syncbn
 import syncbn.numpy
 from syncbn.comm import LocalCommunicator, as_communicator
+from syncbn.kernels import cpu
 
 BATCH_NORM = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 TIGHT = {"rtol": 1e-5, "atol": 1e-5}  # float32 results of order 1, each some tens of roundings of 6e-8 from the truth
@@ -355,7 +356,7 @@ def test_evaluation_takes_a_gradient_of_another_memory_format(shape, last):
 def test_in_place_in_the_memory_of_the_negative(dtype, compiled, monkeypatch):
     """To which torch's copy between float32 and float16 writes the wrong sign."""
     if not compiled:
-        monkeypatch.setattr(syncbn.kernels.cpu, "_library", None)
+        monkeypatch.setattr(cpu, "_library", None)
     torch.manual_seed(0)
     x = torch.randn(64, 3).to(dtype)
     layer, other = (syncbn.SyncBatchNormAct(3, act="leaky_relu", inplace=inplace) for inplace in (True, False))

@@ -4,13 +4,14 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from implementations import combined
 from ranks import rank_errors, run_ranks
 from steps import assert_equals_whole_batch, batch, distances, numpy_step, torch_layer, torch_step
 from torch import nn
 
 import syncbn
 from syncbn.comm import LocalCommunicator
-from syncbn.kernels import aten, reference
+from syncbn.kernels import Running, aten, reference
 
 STEPS = [torch_step, numpy_step]
 
@@ -208,7 +209,7 @@ def test_trap_27_large_counts_are_exact(library, count):
     running_mean, running_var = np.zeros(1), np.zeros(1)
     if library == "torch":
         moments, running_mean, running_var = map(torch.from_numpy, (moments, running_mean, running_var))
-    (aten if library == "torch" else reference).combine(moments, None, running_mean, running_var, None, 1.0, 0.0)
+    combined(aten if library == "torch" else reference, moments, running=Running(running_mean, running_var, None, 1.0))
     mean, invstd, n = moments
     assert float(n) == count
     assert float(mean) == 0.5

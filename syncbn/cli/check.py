@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch import Tensor, nn
 
 from .. import SyncBatchNorm
 from .. import numpy as numpy_frontend
 from ..comm import as_communicator
-from ..kernels import cpu
+from ..kernels import choose
 from .ranks import Ranks
 from .tolerance import allowed_errors
 
@@ -88,12 +90,19 @@ def _check(seed: int, ranks: Ranks) -> int:
         if ranks.rank == 0:
             print(f"{'ok  ' if passed else 'FAIL'}  {case!s:<50}  {_describe(case, outcomes)}", flush=True)
     if ranks.rank == 0:
-        kernels = f"kernels cpu, {cpu.instruction_set()}" if cpu.instruction_set() else "kernels aten and reference"
         summary = f"{failed} failed" if failed else "all ok"
         shares = getattr(as_communicator(ranks.group), "shares_memory", False)
         where = f"{ranks.name}, sums in shared memory" if shares else ranks.name
-        print(f"{len(cases)} checks on {where}, {kernels}: {summary}", flush=True)
+        print(f"{len(cases)} checks on {where}, kernels {_kernels_in_use()}: {summary}", flush=True)
     return 1 if failed else 0
+
+
+def _kernels_in_use() -> str:
+    names = []
+    for x in (torch.empty(0), numpy.empty(0)):
+        with suppress(ValueError, RuntimeError):  # the cases have said it
+            names.append(choose(x).name)
+    return " and ".join(dict.fromkeys(names)) or "none"
 
 
 def all_cases(ranks: int) -> Iterator[Case]:

@@ -7,9 +7,11 @@ import importlib.metadata
 import platform
 from typing import Any
 
-from .. import __version__, native
+import numpy
+
+from .. import __version__
 from ..comm import shared_memory
-from ..kernels import cpu
+from ..kernels import available, choose, forced
 from ..launcher import Launch, LaunchError, read_environment
 
 _TORCH_BACKENDS = ("gloo", "nccl", "mpi", "ucc", "xccl")
@@ -28,7 +30,7 @@ def info() -> int:
     torch = _import_torch()
     sections = {
         "versions": _versions(),
-        "kernels": _kernels(torch),
+        "kernels": _kernels(),
         "communicators": {**_communicators(torch), "mpi": mpi},
         "chosen here": _chosen(torch, launch, problem),
     }
@@ -58,14 +60,12 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _kernels(torch: Any) -> dict[str, str]:
-    aten = "available" if torch else "not available, for want of torch"
+def _kernels() -> dict[str, str]:
     return {
-        "reference": "available: NumPy arrays, in float64",
-        "aten": f"{aten}: torch tensors, on any device with float64",
-        "cpu": f"available: CPU tensors and NumPy arrays, C++, instruction set {isa}"
-        if (isa := cpu.instruction_set())
-        else f"not available: {native.absence()}",
+        implementation.name: f"not available: {absence}"
+        if (absence := implementation.absence())
+        else f"available: {implementation.description}"
+        for implementation in available()
     }
 
 
@@ -128,8 +128,31 @@ def _chosen(torch: Any, launch: Launch | None, problem: str) -> dict[str, str]:
     return {
         "world": problem or world,
         "communicator": communicator,
-        "kernels": "cpu for torch tensors on the CPU and NumPy arrays, aten for tensors on other devices"
-        if cpu.instruction_set()
-        else "aten for torch tensors, reference for NumPy arrays, for want of the cpu kernels",
+        "kernels": _chosen_kernels(torch),
         "device": device,
     }
+
+
+def _chosen_kernels(torch: Any) -> str:
+    """Returns which kernels each kind of array would get, and why."""
+    arrays: dict[str, Any] = {"NumPy arrays": numpy.empty(0)}
+    if torch is not None:
+        # A tensor of the meta device stands for those of accelerators.
+        arrays = {"torch tensors on the CPU": torch.empty(0, device="cpu"), **arrays}
+        arrays |= {"torch tensors on other devices": torch.empty(0, device="meta")}
+    kinds: dict[str, list[str]] = {}
+    try:
+        reason = "the fastest that are available" if forced() is None else "as SYNCBN_KERNELS asks"
+        for kind, x in arrays.items():
+            try:
+                name = choose(x).name
+            except RuntimeError:
+                name = "none"
+            kinds.setdefault(name, []).append(kind)
+    except ValueError as error:
+        return f"none: {error}"
+    return f"{', '.join(f'{name} for {_and(names)}' for name, names in kinds.items())}: {reason}"
+
+
+def _and(words: list[str]) -> str:
+    return " and ".join([*filter(None, [", ".join(words[:-1])]), words[-1]])

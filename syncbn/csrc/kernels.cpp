@@ -1,9 +1,10 @@
-// The operations of the kernels; how they go through memory is in reduce.h and map.h.
+// What each kernel computes of an element. The loops over whole arrays are in reduce.h and map.h.
 //
 // Compiled with -ffp-contract=off: each element-wise operation rounds on its own, as in the other implementations, so that
-// results are the same bits whichever instruction set, vector body or tail computed them.
+// results are the same bits whichever instruction set computed them, in vectors or in scalars.
 #include "kernels.h"
 
+#include "activations.h"
 #include "map.h"
 #include "reduce.h"
 
@@ -14,80 +15,21 @@ using simd::load_half;
 using simd::load_pair;
 using simd::Pair;
 
-// What sums of elements of type T are added in: as wide as their element-wise arithmetic.
+// The type of sums of elements of type T: float64, with as many lanes as the element-wise arithmetic.
 template <class T> using SumsOf = std::conditional_t<std::is_same_v<T, double>, simd::Double, simd::Doubles>;
 template <class T> struct Accumulate { using type = float; using vector = simd::Float; };
 template <> struct Accumulate<double> { using type = double; using vector = simd::Double; };
 template <class T> using A = typename Accumulate<T>::type;
 
-// The type in which the element-wise part of sums of type D is computed.
+// The type of the element-wise arithmetic of which sums of type D are taken.
 template <class T, class D> struct Elementwise { using type = typename simd::Narrow<D>::type; };
 template <class D> struct Elementwise<double, D> { using type = D; };
 
 template <class V, class S> inline V splat(S value) {
   if constexpr (simd::Lanes<V>::value == 1) return V(value);
   else if constexpr (std::is_same_v<V, simd::Doubles>) return {splat<simd::Double>(value), splat<simd::Double>(value)};
-  else return value - V{};  // a sum would lose the sign of -0
+  else return value - V{};  // not value + V{}, which would turn -0 into 0
 }
-
-// ---- activations: a function of z, and its backward, from the z or (leaky_relu) from anything of z's sign ----------
-
-struct Identity {
-  template <class V> V forward(V z) const { return z; }
-  template <class V> V backward(V g, V) const { return g; }
-};
-
-struct Relu {
-  static constexpr bool kGateIsOutput = true;
-  // By a mask, through which not even infinity or NaN goes.
-  template <class V, class M> static V keep(V v, M mask) {
-    typedef typename simd::Bits<V>::Same U;
-    if constexpr (simd::Lanes<V>::value == 1) return mask ? v : V(0);
-    else return simd::bits_of<V>(simd::bits_of<U>(v) & U(mask));
-  }
-  template <class V> V forward(V z) const { return keep(z, !(z < 0)); }
-  template <class V> V backward(V g, V z) const { return keep(g, !(z <= 0)); }  // NaN lets the gradient through
-};
-
-struct LeakyRelu {
-  static constexpr bool kGateIsOutput = true;
-  float slope_f, inverse_f;
-  double slope_d, inverse_d;
-  explicit LeakyRelu(double slope)
-      : slope_f(float(slope)), inverse_f(float(1 / slope)), slope_d(slope), inverse_d(1 / slope) {}
-  template <class V> V below(V v) const {
-    typedef typename simd::Bits<V>::Scalar S;
-    return v * (sizeof(S) == 8 ? S(slope_d) : S(slope_f));
-  }
-  template <class V> V forward(V z) const { return z < 0 ? below(z) : z; }
-  template <class V> V backward(V g, V z) const { return z <= 0 ? below(g) : g; }
-  template <class V> V inverse(V y) const {
-    typedef typename simd::Bits<V>::Scalar S;
-    return y < 0 ? y * (sizeof(S) == 8 ? S(inverse_d) : S(inverse_f)) : y;
-  }
-};
-
-struct Silu {
-  static constexpr bool kGateIsOutput = false;
-  // Below this p * z is less than 1e-35, and exp at the end of its range.
-  template <class V> static V bounded(V z) {
-    typedef typename simd::Bits<V>::Scalar S;
-    return z < S(-88) ? V{} - S(88) : z;
-  }
-  template <class V> static V sigmoid(V z) {
-    const V one = V{} + typename simd::Bits<V>::Scalar(1);
-    return one / (one + simd::exp(-z));
-  }
-  template <class V> V forward(V z) const {
-    z = bounded(z);
-    return z * sigmoid(z);
-  }
-  template <class V> V backward(V g, V z) const {
-    z = bounded(z);
-    const V one = V{} + typename simd::Bits<V>::Scalar(1), p = sigmoid(z);
-    return g * (p * (one + z * (one - p)));
-  }
-};
 
 // ---- stats --------------------------------------------------------------------------------------------------------
 
@@ -105,7 +47,7 @@ template <class T> struct Moments {
   }
 };
 
-// The same about 0, of a dtype whose squares are exact in float64.
+// The same without a center, for dtypes whose squares are exact in float64.
 template <class T> struct RawMoments {
   using Sums = SumsOf<T>;
   const T* x;
@@ -170,10 +112,11 @@ template <class T, class Activation, bool kResidual> struct Normalise {
 
 // ---- backward -----------------------------------------------------------------------------------------------------
 
-// Where x - mean and the gradient of z come from. Each is g(i), x - mean(i), for an element-wise type V.
+// What g, the gradient of z, and x - mean are computed from.
 //
-// Plain: there is no activation. FromX: z is computed again. Gated: z (or, for leaky_relu, y, which has its sign) needs
-// an array beside x, and g is written. FromY: x was overwritten by y, from which z and x - mean are recovered.
+// kPlain: there is no activation, so g is dy. kFromX: z is computed again from x. kGated: after a residual, z takes a
+// second array, `gate`: the residual, or (relu, leaky_relu) y, which has the sign of z; g is written. kFromY: in place, y
+// has overwritten x, and z and x - mean are recovered from y.
 enum class Source { kPlain, kFromX, kGated, kFromY };
 
 template <class V> struct Terms { V g, xmu; };
@@ -186,12 +129,12 @@ template <class T, class Activation, Source kSource> struct Differentiate {
     simd::prefetch<kCount>(dy + i), simd::prefetch<kCount>(x + i);
     if constexpr (kSource == Source::kGated) simd::prefetch<kCount>(gate + i);
   }
-  // Of dy, x and gate.
+  // From one element of dy (g), x (v) and gate (other).
   template <class V> SYNCBN_INLINE Terms<V> of(V g, V v, [[maybe_unused]] V other, const Affine<V>& k) const {
     if constexpr (kSource == Source::kPlain) {
       return {g, v - k.mean};
     } else if constexpr (kSource == Source::kFromY) {
-      // scale is here the inverse of forward's.
+      // In place, k.scale is the inverse of forward's.
       return {activation.backward(g, v), (activation.inverse(v) - k.bias) * k.scale};
     } else if constexpr (kSource == Source::kGated) {
       return {activation.backward(g, Activation::kGateIsOutput ? other : k(v) + other), v - k.mean};
@@ -237,7 +180,7 @@ template <class T, class Activation, Source kSource> struct BackwardSums {
       using V = typename Elementwise<T, D>::type;
       const Terms<V> t = terms(i, k.affine);
       if constexpr (kSource == Source::kGated) simd::store(t.g, g + i);
-      // In place, mean is what the rounded mean is above the exact one.
+      // In place, k.mean is the rounded mean minus the exact one.
       if constexpr (kSource == Source::kFromY) return {simd::widen(t.g), simd::widen(t.xmu) + k.mean};
       else return {simd::widen(t.g), load<D>(terms.x + i) - k.mean};
     }
@@ -284,7 +227,7 @@ template <class Op, class T> void map_as(const Op& op, Shape shape, int arrays) 
   map<typename Accumulate<T>::vector, A<T>>(op, shape, arrays * shape.size() * long(sizeof(T)));
 }
 
-// One channel of many rows is one row.
+// The rows of a single channel are one long row.
 Shape row_of(Shape x) { return x.c == 1 ? Shape{1, 1, x.n * x.s} : x; }
 
 // Calls f(T{}) for the type that dtype stands for.
@@ -297,11 +240,11 @@ template <class F> void with_type(int dtype, const F& f) {
   }
 }
 
-// Calls f(activation) for that of a tail.
-template <class F> void with_activation(Tail tail, const F& f) {
-  switch (tail.activation) {
+// Calls f(activation) for the activation of an epilogue.
+template <class F> void with_activation(Epilogue epilogue, const F& f) {
+  switch (epilogue.activation) {
     case kNone: return f(Identity{});
-    case kLeakyRelu: return tail.slope != 0 ? f(LeakyRelu(tail.slope)) : f(Relu{});
+    case kLeakyRelu: return epilogue.slope != 0 ? f(LeakyRelu(epilogue.slope)) : f(Relu{});
     case kSilu: return f(Silu{});
   }
 }
@@ -316,30 +259,30 @@ void stats(int dtype, const void* x, Shape shape, const double* center, double* 
   });
 }
 
-void elemt(int dtype, const void* x, const void* residual, void* y, Shape shape, const Channels& k, Tail tail) {
+void elemt(int dtype, const void* x, const void* residual, void* y, Shape shape, const Channels& k, Epilogue epilogue) {
   with_type(dtype, [&](auto t) {
     using T = decltype(t);
-    with_activation(tail, [&](auto activation) {
+    with_activation(epilogue, [&](auto activation) {
       using F = decltype(activation);
       const T *in = (const T*)x, *other = (const T*)residual;
       const AffineOf<T> affine(k);
-      const bool apart = x != y;
-      if (residual) map_as<Normalise<T, F, true>, T>({in, other, (T*)y, affine, activation, apart}, row_of(shape), 3);
-      else map_as<Normalise<T, F, false>, T>({in, other, (T*)y, affine, activation, apart}, row_of(shape), 2);
+      const bool separate = x != y;
+      if (residual) map_as<Normalise<T, F, true>, T>({in, other, (T*)y, affine, activation, separate}, row_of(shape), 3);
+      else map_as<Normalise<T, F, false>, T>({in, other, (T*)y, affine, activation, separate}, row_of(shape), 2);
     });
   });
 }
 
-// Calls f(differentiate) for the source of a tail and, where there may be one, a gate.
+// Calls f(differentiate) with the Source that an epilogue and a gate, possible only if kMayGate, ask for.
 template <class T, bool kMayGate, class F>
-void with_source(const void* dy, const void* x, const void* gate, const Channels& k, Tail tail, const F& f) {
+void with_source(const void* dy, const void* x, const void* gate, const Channels& k, Epilogue epilogue, const F& f) {
   const T *d = (const T*)dy, *in = (const T*)x, *other = (const T*)gate;
   const AffineOf<T> affine(k);
-  if (tail.in_place) {  // none is a leaky_relu of slope 1
-    const LeakyRelu activation(tail.activation == kNone ? 1.0 : tail.slope);
+  if (epilogue.in_place()) {  // no activation is a leaky_relu of slope 1
+    const LeakyRelu activation(epilogue.activation == kNone ? 1.0 : epilogue.slope);
     return f(Differentiate<T, LeakyRelu, Source::kFromY>{d, in, other, affine, activation});
   }
-  with_activation(tail, [&](auto activation) {
+  with_activation(epilogue, [&](auto activation) {
     using Act = decltype(activation);
     if constexpr (std::is_same_v<Act, Identity>) {
       f(Differentiate<T, Act, Source::kPlain>{d, in, other, affine, activation});
@@ -360,22 +303,25 @@ BackwardSums<T, Act, kSource> sums_of(const Differentiate<T, Act, kSource>& term
 template <class T, class Act, Source kSource>
 InputGradient<T, Act, kSource> gradient_of(const Differentiate<T, Act, kSource>& terms, void* dx, const void* slope,
                                            const void* mean_dy, const void* scale) {
-  const bool apart = dx != terms.x && dx != terms.dy;
-  return {terms, (T*)dx, (const A<T>*)slope, (const A<T>*)mean_dy, (const A<T>*)scale, apart};
+  const bool separate = dx != terms.x && dx != terms.dy;
+  return {terms, (T*)dx, (const A<T>*)slope, (const A<T>*)mean_dy, (const A<T>*)scale, separate};
 }
 
 void backward_reduce(int dtype, const void* dy, const void* x, const void* gate, void* g, Shape shape, const Channels& k,
-                     Tail tail, double* sums) {
+                     Epilogue epilogue, double* sums) {
   with_type(dtype, [&](auto t) {
     using T = decltype(t);
-    with_source<T, true>(dy, x, gate, k, tail, [&](auto terms) { reduce(sums_of(terms, g, k.exact_mean), row_of(shape), sums); });
+    with_source<T, true>(dy, x, gate, k, epilogue, [&](auto terms) {
+      reduce(sums_of(terms, g, k.exact_mean), row_of(shape), sums);
+    });
   });
 }
 
-void backward_elemt(int dtype, const void* dy, const void* x, void* dx, Shape shape, const GradientChannels& k, Tail tail) {
+void backward_elemt(int dtype, const void* dy, const void* x, void* dx, Shape shape, const GradientChannels& k,
+                    Epilogue epilogue) {
   with_type(dtype, [&](auto t) {
     using T = decltype(t);
-    with_source<T, false>(dy, x, nullptr, k.forward, tail, [&](auto terms) {
+    with_source<T, false>(dy, x, nullptr, k.forward, epilogue, [&](auto terms) {
       const auto op = gradient_of(terms, dx, k.slope, k.mean_dy, k.scale);
       map_as<decltype(op), T>(op, row_of(shape), 3);
     });

@@ -1,10 +1,10 @@
-// `map`: writes an (n, c, s) array element by element: parts of it from the last to the first, each upwards, for processors
-// are slow at going downwards past their caches.
+// `map`: writes an (n, c, s) array element by element. It goes through the blocks of an array from the last to the first
+// (walk.h says why), and through each block upwards, for prefetchers of processors do badly downwards.
 //
 // It takes an operation that is a template over the vector type, with
 //     channel<V>(c)     the constants of channel c, in every lane            (s > 1: a row has one channel)
 //     channels<V>(c)    the constants of channels c, c + 1, ..., a lane each (s == 1: a row has them all)
-//     prefetch<k>(i)    fetches what put reads of elements i, ..., i + k - 1
+//     prefetch<k>(i)    prefetches what put reads of elements i, ..., i + k - 1
 //     put<V>(i, k)      writes elements i, i + 1, ... of `out`, past the caches where `streaming` says so
 //     half<V, kSecond>(c)   those of the channels from c on that put_pair has in its first, or its second, vector
 //     put_pair<V>(i, k, l)  writes as many elements as two V take, with the constants k and l of the one and the other
@@ -17,17 +17,17 @@
 
 namespace {
 
-constexpr long kTogether = 1 << 16;  // elements that are written upwards: each turn costs some hundred of them
-constexpr int kPair = 2;          // rows of all channels that are written at once: for both, constants are loaded once
+constexpr long kTogether = 1 << 16;  // elements of a block: going from one to the next costs as much as some hundred
+constexpr int kPair = 2;             // rows written together where s == 1: their constants are loaded once
 
-// Elements from p to the next address to which V can be streamed.
+// The number of elements from p to the next address that is aligned for streaming a V.
 template <class V, class T> inline long to_boundary(const T* p) {
   constexpr long bytes = std::max<long>(simd::Lanes<V>::value * sizeof(T), simd::kBytes);  // that of a pair's, too
   return (bytes - long(reinterpret_cast<uintptr_t>(p) % bytes)) % bytes / long(sizeof(T));
 }
 
-// What is fetched with element i of [begin, end): element i + before below `turn`, i + after from there on. It is what
-// comes `ahead` later, the part below being next.
+// What to prefetch at element i of a block [begin, end): what is used `ahead` elements later. Below `turn` that is
+// i + before, in the block; from `turn` on it is i + after, in the next block, which ends where this one begins.
 struct Fetch {
   long turn, before, after;
   Fetch(long begin, long end, long ahead)
@@ -36,7 +36,7 @@ struct Fetch {
 
 // Elements [s0, s1) of channels [c0, c1) of one sample.
 template <class V, class S, class Op> inline void map_rows(const Op& given, Shape x, const Part& part, long sample) {
-  const Op op = given;  // its own, which no store can be taken to change: it stays in registers
+  const Op op = given;  // local copy: stores cannot alias it, so it stays in registers
   constexpr int lanes = simd::Lanes<V>::value;
   const long row = sample * x.c * x.s;
   const Fetch fetch(row + part.c0 * x.s + part.s0, row + (part.c1 - 1) * x.s + part.s1,
@@ -61,7 +61,7 @@ template <class V, class S, class Op> inline void map_rows(const Op& given, Shap
   }
 }
 
-// All channels of kCount rows from element `row` on, where s == 1. kFetchesOut: what is written is fetched ahead, too.
+// All channels of kCount rows from element `row` on, where s == 1. kFetchesOut: `out` is prefetched, too.
 template <class V, class S, int kCount, bool kFetchesOut, class Op>
 SYNCBN_INLINE void map_columns(const Op& op, long c, long row, long ahead) {
   constexpr int lanes = simd::Lanes<V>::value;
@@ -82,7 +82,8 @@ SYNCBN_INLINE void map_columns(const Op& op, long c, long row, long ahead) {
     for (int r = 0; r < kCount; ++r) op.put(row + r * c + j, op.template channel<S>(j));
 }
 
-// Rows [first, last) of c channels each, where s == 1. Inlined, the two of them get fewer registers, and take a sixth longer.
+// Rows [first, last) of c channels each, where s == 1. Not inlined: inlined together, its two instances share the
+// registers, and take a sixth longer.
 template <class V, class S, bool kFetchesOut, class Op>
 __attribute__((noinline)) void map_columns(const Op& given, Shape x, long first, long last) {
   const Op op = given;
@@ -98,8 +99,8 @@ __attribute__((noinline)) void map_columns(const Op& given, Shape x, long first,
 }
 
 template <class V, class S, class Op> inline void map_columns(const Op& op, Shape x, long first, long last) {
-  // Short rows follow each other closely, and in those of a page processors fetch themselves what is written; in between
-  // they see no pattern, and waiting for it took up to a third of the time.
+  // Prefetching `out` pays for rows of middle length: processors do it themselves for shorter ones, which follow each
+  // other closely, and for those of a page or more. In between up to a third of the time was spent waiting.
   const long row_bytes = x.c * long(sizeof *op.out);
   if (!op.streaming && row_bytes >= 512 && row_bytes < 4096 && ahead_in(x.size(), kAhead))
     map_columns<V, S, true>(op, x, first, last);
@@ -113,12 +114,13 @@ template <class V, class S, class Op> void map(const Op& given, Shape x, long by
   const int threads = threads_for(x.size());
   const bool rows = x.s > 1, split = by_channel(x, threads);
   const auto* out = given.out;
-  // Where the arrays of a pass exceed the cache, a result is not there any more when the next layer reads it, and the line
-  // that a store fetches first is fetched for nothing. Short rows share lines, which are put together in the cache.
+  // An ordinary store first reads its cache line, and keeps it in the cache. Where the arrays together exceed the cache,
+  // both are for nothing: the line is gone before the next layer reads it. Short rows are not streamed, for they share
+  // lines, which only the cache can put together.
   const bool streaming = simd::kStreams && given.streaming && bytes > cache_bytes &&
                          (rows ? x.s * long(sizeof *out) >= 1024 : !to_boundary<V>(out) && !to_boundary<V>(out + x.c));
   in_parallel(threads, rows ? (split ? x.c : x.s) : x.n, [&](int, long first, long last) {
-    Op op = given;  // its own, which no store can be taken to change
+    Op op = given;
     op.streaming = streaming;
     const Op& fixed = op;
     if (rows) {

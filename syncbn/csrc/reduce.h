@@ -1,10 +1,10 @@
 // `reduce`: sums pairs per channel of an (n, c, s) array in float64.
 //
 // It takes an operation that is a template over the vector type, with
-//     Sums              what is added at once: doubles, as many as the element-wise arithmetic has lanes
+//     Sums              the type of its sums: doubles, as many as the element-wise arithmetic has lanes
 //     channel<D>(c)     the constants of channel c, in every lane            (s > 1: a row has one channel)
 //     channels<D>(c)    the constants of channels c, c + 1, ..., a lane each (s == 1: a row has them all)
-//     prefetch<k>(i)    fetches what at reads of elements i, ..., i + k - 1
+//     prefetch<k>(i)    prefetches what at reads of elements i, ..., i + k - 1
 //     at<D>(i, k)       the Factors of elements i, i + 1, ...
 #pragma once
 
@@ -18,8 +18,9 @@ namespace {
 using simd::Double;
 using simd::kDoubles;
 
-// Sums that grow long are kept as two numbers, of which `low` collects what rounding takes from `high` (two-sum, Knuth):
-// adding a few hundred terms plainly and blocks of them so costs nothing and loses nothing. D is a vector or a double.
+// A compensated sum: `low` collects the rounding errors of `high` (two-sum, Knuth). Where blocks of a few hundred terms
+// are added plainly, and only their sums to this one, it costs no time, and the result is nearly exact. D is a vector or
+// a double.
 template <class D> struct Sum {
   D high{}, low{};
   void add(const D& v) {
@@ -29,11 +30,11 @@ template <class D> struct Sum {
   }
   D value() const {
     const D sum = high + low;
-    return sum == sum ? sum : high;  // of infinity, low is NaN
+    return sum == sum ? sum : high;  // where high is infinite, low is NaN
   }
 };
 
-// Such sums of a and of b for each of c channels; a vector of neighbouring channels is added at once.
+// Compensated sums of a and b for each of c channels; a vector D adds to as many neighbouring channels.
 class Totals {
  public:
   explicit Totals(long c) : c_(c), v_(4 * c) {}
@@ -58,7 +59,7 @@ class Totals {
   std::vector<double> v_;  // high of a, low of a, high of b, low of b
 };
 
-// What an operation yields of an element: the sums are those of `first` and of `first * second`.
+// What an operation returns for an element: `first` is added to the sum a, `first * second` to the sum b.
 template <class D> struct Factors { D first, second; };
 
 template <class D> SYNCBN_INLINE void add(const Factors<D>& v, D* a, D* b) {
@@ -70,12 +71,12 @@ SYNCBN_INLINE void add(const Factors<simd::Doubles>& v, Double* a, Double* b) {
   add(Factors<Double>{v.first.high, v.second.high}, a + 1, b + 1);
 }
 
-constexpr long kBlock = 64;  // steps, or rows, of plain addition
-constexpr int kWays = 4;     // sums side by side, so that none waits for the one before
+constexpr long kBlock = 64;  // steps, or rows, that are added plainly
+constexpr int kWays = 4;     // independent sums, so that no addition waits for the one before
 
 // Adds the sums of op over a part of one channel.
 template <class Op> inline void reduce_rows(const Op& given, Shape x, const Part& part, Totals& totals) {
-  const Op op = given;  // its own, which no store can be taken to change: it stays in registers
+  const Op op = given;  // local copy: stores cannot alias it, so it stays in registers
   using Wide = typename Op::Sums;
   constexpr int lanes = simd::Lanes<Wide>::value, step = lanes / kDoubles;
   constexpr long width = kWays * kDoubles;
@@ -115,12 +116,13 @@ template <class Op> inline void reduce_rows(const Op& given, Shape x, const Part
 }
 
 constexpr long kStrip = 256;         // channels whose plain sums stay in the first-level cache
-// Elements of rows that are summed in registers before they are added to those; which also makes what is added differ
-// enough for its roundings to cancel: the squares of integers alone are 0 or 1 modulo 4, and round one way.
+// Rows of together about so many elements are summed in registers before they are added to those plain sums. That also
+// lets rounding errors cancel: the squares of integers, added one by one, would all be rounded the same way, for they are
+// 0 or 1 modulo 4.
 constexpr long kGroup = 1024;
 
-// Adds the sums of op over `rows` rows of c channels, from element `first` on, to a and b: of channels start + j onwards
-// as long as they fill kCount D; returns the first channel that is left.
+// Adds the sums of op over `rows` rows of c channels, from element `first` on, to a and b. Takes channels start + j
+// onwards, as many as kCount D hold at a time, up to start + width; returns the first that is left over.
 template <class D, int kCount, class Op>
 SYNCBN_INLINE long add_rows(const Op& op, Shape x, long first, long rows, long start, long j, long width, double* a,
                             double* b) {
@@ -133,7 +135,7 @@ SYNCBN_INLINE long add_rows(const Op& op, Shape x, long first, long rows, long s
     for (int w = 0; w < kCount; ++w) k[w] = channels<D>(op, start + j + w * lanes);
     Lane sum_a[kCount * parts]{}, sum_b[kCount * parts]{};
     for (long r = 0, i = first + j; r < rows; ++r, i += c) {
-      // What the next rows have in this place; where the strip is all of a row, in the order of memory.
+      // Prefetches the same channels of the next rows; where the strip is a whole row, in the order of memory.
       op.template prefetch<kCount * lanes>(c <= kStrip ? first + far + rows * j + r * kCount * lanes
                                                        : i + (far ? rows * c : 0));
 #pragma GCC unroll 4
@@ -179,7 +181,7 @@ template <class Op> inline void reduce_columns(const Op& given, Shape x, long be
 template <class Op> void reduce(const Op& op, Shape x, double* out) {
   if (!x.size()) return (void)std::fill(out, out + 2 * x.c, 0.0);
   const int threads = threads_for(x.size());
-  // Threads have channels of their own, or else sums of their own of all channels.
+  // Threads share the channels, or else each has its own sums of all channels.
   const bool rows = x.s > 1, split = by_channel(x, threads), shared = rows && split;
   std::vector<Totals> totals(shared ? 1 : threads, Totals(x.c));
   in_parallel(threads, rows ? (split ? x.c : x.s) : x.n, [&](int t, long first, long last) {

@@ -1,7 +1,7 @@
 // Vectors of the instruction set that this translation unit is compiled for, and loads and stores of every dtype.
 //
-// A kernel is written once for a vector type and a scalar type: both have the arithmetic operators, so that the tail of a
-// row goes through the very operations of its body and an element's result does not depend on where it stands.
+// A kernel is written once for a vector type and a scalar type: both have the arithmetic operators. So the elements left
+// over at the end of a row go through the same operations, and an element's result does not depend on its place.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 #include <immintrin.h>
 #endif
 
-// What is called for each few elements: the compiler's own limits stop somewhere among the many kernels of a file.
+// For functions called once every few elements: left to itself, the compiler stops inlining in a file of so many kernels.
 #if defined(__SANITIZE_ADDRESS__)
 #define SYNCBN_INLINE inline  // every copy is instrumented, for which the compiler would take many minutes
 #else
@@ -42,7 +42,7 @@ struct Doubles {
 inline Doubles operator+(const Doubles& a, const Doubles& b) { return {a.low + b.low, a.high + b.high}; }
 inline Doubles operator-(const Doubles& a, const Doubles& b) { return {a.low - b.low, a.high - b.high}; }
 
-// The vector or scalar in which float64 sums of type D take what is computed in float.
+// The float type with as many lanes as the float64 type D.
 template <class D> struct Narrow;
 template <> struct Narrow<Doubles> { using type = Float; };
 template <> struct Narrow<Double> { using type = HalfFloat; };
@@ -102,7 +102,7 @@ inline void narrow(float v, float* p) { *p = v; }
 inline void narrow(double v, double* p) { *p = v; }
 inline void narrow(float v, bfloat16* p) {
   const uint32_t u = bits_of<uint32_t>(v);
-  // To nearest, ties to even; a NaN is cut off, which leaves one (see store).
+  // Rounds to nearest, ties to even; a NaN is truncated, which leaves it a NaN (see rounded).
   p->bits = uint16_t((u + (v == v ? 0x7fff + ((u >> 16) & 1) : 0)) >> 16);
 }
 inline void narrow(float v, float16* p) { p->bits = bits_of<uint16_t>(_Float16(v)); }
@@ -183,7 +183,7 @@ inline Doubles widen(Float v) {
 
 template <> struct Load<Doubles> {
   template <class T> static Doubles from(const T* p) { return widen(load_floats<Float>(p)); }
-  // Halves widen on their way from memory.
+  // Each half is widened as it is loaded.
   static Doubles from(const float* p) { return {Load<Double>::from(p), Load<Double>::from(p + kDoubles)}; }
   static Doubles from(const double* p) { return {Load<Double>::from(p), Load<Double>::from(p + kDoubles)}; }
 };
@@ -198,8 +198,8 @@ inline void store(float v, float16* p) { narrow(v, p); }
 inline void store(double v, double* p) { narrow(v, p); }
 inline void store(Float v, float* p) { std::memcpy(p, &v, sizeof v); }
 inline void store(Double v, double* p) { std::memcpy(p, &v, sizeof v); }
-// The bits of which the upper half is v in bfloat16. A NaN is cut off, which leaves one: what arithmetic returns is quiet,
-// its highest bit of payload set.
+// The bits whose upper half is v rounded to bfloat16. A NaN is truncated, which leaves it a NaN: those that arithmetic
+// returns are quiet, with the highest bit of their mantissa set.
 inline Bits<Float>::U32 rounded(Float v) {
   typedef Bits<Float>::U32 U32;
   const U32 u = bits_of<U32>(v);
@@ -236,9 +236,9 @@ template <class T> inline void store(HalfFloat v, T* p) {
   for (int i = 0; i < kDoubles; ++i) narrow(v[i], p + i);
 }
 
-// ---- past the caches, and ahead of use -----------------------------------------------------------------------------
+// ---- prefetches, and streaming stores ------------------------------------------------------------------------------
 
-// Of kCount elements, to be written where kToWrite says so. What lies beyond an array does no harm.
+// Prefetches kCount elements, for writing if kToWrite. Addresses beyond an array do no harm.
 template <int kCount, bool kToWrite = false, class T> SYNCBN_INLINE void prefetch(const T* p) {
   for (size_t byte = 0; byte < kCount * sizeof(T); byte += 64)
     __builtin_prefetch(reinterpret_cast<const char*>(p) + byte, kToWrite);
@@ -251,7 +251,7 @@ inline void stream_bytes(__m256i v, void* p) { _mm256_stream_si256(static_cast<_
 #if defined(__AVX512F__)
 inline void stream_bytes(__m512i v, void* p) { _mm512_stream_si512(static_cast<__m512i*>(p), v); }
 #endif
-// What other threads are to see after this is written.
+// Makes what was streamed visible to other threads.
 inline void end_of_stream() { _mm_sfence(); }
 
 template <int kSize> struct Bytes;
@@ -265,7 +265,7 @@ constexpr bool kStreams = false;
 inline void end_of_stream() {}
 #endif
 
-// As store; where `streaming`, a vector goes past the caches, to an address that is a multiple of what it takes there.
+// As store; if `streaming`, vectors go past the caches, and p must be a multiple of the bytes that they take there.
 template <class V, class T> inline void put(V v, T* p, [[maybe_unused]] bool streaming) {
 #if defined(__AVX__)
   if constexpr (Lanes<V>::value > 1) {
@@ -279,12 +279,12 @@ template <class V, class T> inline void put(V v, T* p, [[maybe_unused]] bool str
   store(v, p);
 }
 
-// ---- pairs: of the elements that two vectors take, in any order that put_pair knows --------------------------------
+// ---- pairs: two vectors of consecutive elements, in an order that load_pair chooses and put_pair undoes -------------
 
 template <class V> struct Pair { V first, second; };
 
-// Of bfloat16 those that stand low and those that stand high in each 128 bits: so no element changes its 128 bits when it
-// is widened, nor when it is narrowed. Of other types the lower and the upper half.
+// Whether a pair has the lower 64 bits of each 128 in its first vector and the upper 64 in its second: of bfloat16, which
+// is then widened and narrowed without moving elements between lanes of 128 bits. Else it has the lower and upper half.
 template <class T> constexpr bool kByLane = std::is_same_v<T, bfloat16> &&
 #if defined(__AVX2__)
                                             true;
@@ -307,7 +307,7 @@ template <class V, class T> SYNCBN_INLINE Pair<V> load_pair(const T* p) {
   return {load<V>(p), load<V>(p + Lanes<V>::value)};
 }
 
-// Those of the numbers at p, one for each element that load_pair has of T, which go with its first or its second.
+// Of the numbers at p, one for each element of a pair of T, those for its first or its second vector.
 template <class T, bool kSecond, class V, class S> SYNCBN_INLINE V load_half(const S* p) {
 #if defined(__AVX512F__)
   if constexpr (kByLane<T>)
@@ -341,7 +341,7 @@ template <class V, class T> SYNCBN_INLINE void put_pair(const Pair<V>& v, T* p, 
 
 // ---- arithmetic ---------------------------------------------------------------------------------------------------
 
-// a * b + c, rounded once or twice: for sums, of which the last bits are nobody's contract.
+// a * b + c, rounded once or twice: for sums, whose last bits the contract leaves open.
 inline double fma(double a, double b, double c) { return a * b + c; }
 inline Double fma(Double a, Double b, Double c) {
 #if defined(__AVX512F__)

@@ -1,7 +1,7 @@
 // The order in which kernels go through an (n, c, s) array, and how threads share it.
 //
-// What writes element by element goes through the parts of an array the opposite way to what sums, so that it begins where
-// the sums ended: with what is still in the cache.
+// map.h goes through an array in the opposite direction to reduce.h, which ran before it on the same array: so it begins
+// where the sums ended, with what is still in the cache.
 #pragma once
 
 #include <algorithm>
@@ -14,12 +14,12 @@
 namespace {
 
 constexpr long kSerial = 1 << 15;  // elements below which waking a thread costs more than it saves
-constexpr long kRows = 8;          // of a channel that are visited together: as many streams as processors prefetch
-// Elements between what is used and what is fetched for later. Processors' own prefetching stops at each page, and sees no
-// pattern in rows of some hundred bytes: without ours the sums of 6 MB took 1.3 times as long, and 1.6 times for s == 1.
+constexpr long kRows = 8;          // samples visited together: as many streams as processors prefetch
+// Prefetch distances, in elements. Processors' own prefetching stops at each page, and sees no pattern in rows of some
+// hundred bytes: without ours the sums of 6 MB took 1.3 times as long, and 1.6 times for s == 1.
 constexpr long kAhead = 512, kFarAhead = 1024;
 
-// That distance in an array of `size` elements: 0 in a small one, where it would lead out, to pages that may not be there.
+// The prefetch distance for an array of `size` elements: 0 for a small one, out of which it would lead.
 inline long ahead_in(long size, long distance) { return size < 16 * distance ? 0 : distance; }
 
 inline int threads_for(long size) {
@@ -40,7 +40,7 @@ template <class F> inline void in_parallel(int threads, long total, const F& f) 
   for (int t = 0; t < threads; ++t) f(t, total * t / threads, total * (t + 1) / threads);
 }
 
-// Whether threads have channels of their own, where s > 1, or else parts of every row.
+// Whether threads share the channels, where s > 1, or else the elements of every row.
 inline bool by_channel(Shape x, int threads) { return threads == 1 || x.c >= 4 * threads; }
 
 // Elements [s0, s1) of channels [c0, c1) of `samples` samples from `sample` on, where s > 1.
@@ -48,7 +48,7 @@ struct Part {
   long c0, c1, s0, s1, sample, samples;
 };
 
-// Calls f(part) for all that a thread has of an array: of up to `together` channels and kRows samples each.
+// Calls f(part) for each block of a thread's share of an array: of up to `together` channels and kRows samples.
 template <bool kBackwards, class F>
 inline void for_parts(Shape x, bool by_channel, long first, long last, long together, const F& f) {
   const long c0 = by_channel ? first : 0, c1 = by_channel ? last : x.c;
@@ -63,7 +63,7 @@ inline void for_parts(Shape x, bool by_channel, long first, long last, long toge
   }
 }
 
-// The constants of channels c, c + 1, ...: of one, where V is a scalar.
+// The constants of channels c, c + 1, ..., as many as V has lanes.
 template <class V, class Op> SYNCBN_INLINE auto channels(const Op& op, long c) {
   if constexpr (simd::Lanes<V>::value == 1) return op.template channel<V>(c);
   else return op.template channels<V>(c);

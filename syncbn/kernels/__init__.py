@@ -1,29 +1,37 @@
-"""The arithmetic of batch normalisation, as five kernels with one contract.
+"""The arithmetic of batch normalisation, as four kernels with one contract.
 
-Every module of this package implements exactly these functions. x, y, dy, dx, residual, gate and g have one shape,
-(N, C, ...), with everything but C possibly 0; what is read has any strides, what is written is dense, contiguous or
-channels last. Kernels see all of it as (n, c, s), of which layout.py tells; sizes below are meant so. `weight` and
-`bias` have shape (c,) or are None. The accumulate dtype is float64 for float64 input and float32 otherwise.
+Every implementation is a module of this package with exactly these functions. x, y, dy, dx, residual, gate and g have
+one shape, (N, C, ...), with everything but C possibly 0; what is read has any strides, what is written is dense,
+contiguous or channels last. Kernels see all of it as (n, c, s), see layout.py; the sizes below mean that view. `weight`
+and `bias` have shape (c,) or are None. The accumulate dtype is float64 for float64 input and float32 otherwise.
 
-    stats(x, center)                             -> moments
+    stats(x, center, mask=None)  -> moments
         (2c + 1,) float64 = [sum of x - center | sum of (x - center)^2 | n * s]; center is (c,) float64 or None for 0.
-    combine(moments, center, running_mean, running_var, num_batches_tracked, momentum, eps)  -> count
-        Turns the moments of all ranks, in place, into statistics, (2c + 1,) float64 = [mean | invstd | count].
-        Updates running_mean and running_var, in their own dtype, and counts the batch in num_batches_tracked, () int64,
-        each unless it is None; nothing unless count is a whole number of at least 2. Returns count as a float, or None
-        on accelerators, where reading it would stall the device.
-    elemt(x, statistics, weight, bias, y, tail, residual)
-        Writes activation(z) into y, of x's dtype, with z = (x - mean) * (invstd * weight) + bias + residual.
-    backward_reduce(dy, x, statistics, weight, bias, grad_weight, grad_bias, tail, gate, g)  -> sums
-        (2c,) float64 = [sum of g | sum of g * (x - mean)], g = dy * activation'(z) being the gradient of z. Writes the
-        gradients of weight and bias, invstd times the second and the first, into (c,) arrays of any floating dtype,
-        unless they are None. Where there was a residual it needs as `gate` the y of relu and leaky_relu, which has z's
-        sign, or the residual of silu, and writes g into an array of that name.
-    backward_elemt(dy, x, statistics, weight, bias, sums, dx, tail)
-        Writes the gradient into dx, of x's dtype, from the sums of all ranks.
 
-Element-wise work is in the accumulate dtype, for which mean and invstd * weight are rounded. After in-place work (see
-Tail) backward's x is forward's y.
+    normalise(x, moments, center, running, eps, weight, bias, y, epilogue=PLAIN, residual=None, mask=None)  -> count
+        Turns the moments of all ranks, in place, into statistics, (2c + 1,) float64 = [mean | invstd | count], updates
+        `running`, and writes activation(z) into y, of x's dtype, with
+            z = (x - mean) * (invstd * weight) + bias + residual.
+        The members of `running` (see Running) are of any floating dtype, or None. With a count of 0, of ranks that are
+        all empty, `running` stays as it is. Any other count that is not a whole number of at least 2 is refused: then
+        nothing is written, neither moments, nor running, nor y. Returns the count as a float, or None on accelerators,
+        where reading it would stall the device; there a refused count leaves `running` as it is, and y becomes
+        activation(bias + residual) for a count of 1, and NaN for one of NaN.
+
+    backward_reduce(dy, x, statistics, weight, bias, grad_weight=None, grad_bias=None, epilogue=PLAIN, gate=None,
+                    g=None, mask=None)  -> sums
+        (2c,) float64 = [sum of g | sum of g * (x - mean)], where g = dy * activation'(z) is the gradient of z. Writes
+        the gradients of weight and bias, which are invstd times the second and the first, into (c,) arrays of any
+        floating dtype, unless they are None. After a forward with activation and residual, `gate` is y (relu,
+        leaky_relu: it has the sign of z) or the residual (silu), and g is written into the array of that name.
+
+    backward_elemt(dy, x, statistics, weight, bias, sums, dx, epilogue=PLAIN, mask=None)
+        Writes the gradient of x into dx, of x's dtype, from the sums of all ranks. After a forward with activation and
+        residual it takes g as dy, and an epilogue without activation.
+
+Element-wise arithmetic is in the accumulate dtype, to which mean and invstd * weight are rounded. After in-place work
+(see Epilogue) backward's x is forward's y. `mask`, (N, 1, ...) bool, is to say which positions are valid; until then
+all kernels raise NotImplementedError unless it is None.
 
 | module    | arrays        | what it is                                                   |
 |-----------|---------------|--------------------------------------------------------------|
@@ -31,33 +39,26 @@ Tail) backward's x is forward's y.
 | aten      | torch.Tensor  | plain torch operations, on any device that has float64       |
 | cpu       | both, on CPUs | C++: one pass over memory per kernel                         |
 
-What Tail says is in tail.py.
+`select` chooses one for an array. No code outside this package names one, so that they can be added and removed here: a
+new one gets a line in selection.py, and besides the kernels has
+
+    serves(x)      -> whether it takes x, a torch tensor or an ndarray
+    absence()      -> why it cannot be used in this process and what to do, or ""
+    description()  -> what it takes and how it computes
 """
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import Any
-
-import numpy as np
-
-from . import cpu
-from .tail import ACTIVATIONS as ACTIVATIONS
-from .tail import PLAIN as PLAIN
-from .tail import Tail as Tail
-from .tail import check_tail as check_tail
-
-Epilogue, check_epilogue = Tail, check_tail
-
-
-def select(x: Any) -> ModuleType:
-    """Returns the fastest kernels that serve x, a torch tensor or an ndarray."""
-    if cpu.serves(x):
-        return cpu
-    if isinstance(x, np.ndarray):
-        from . import reference
-
-        return reference
-    from . import aten
-
-    return aten
+from .contract import Running as Running
+from .contract import is_refused as is_refused
+from .epilogue import ACTIVATIONS as ACTIVATIONS
+from .epilogue import PLAIN as PLAIN
+from .epilogue import Epilogue as Epilogue
+from .epilogue import check_epilogue as check_epilogue
+from .memory import empty as empty
+from .selection import Implementation as Implementation
+from .selection import available as available
+from .selection import choose as choose
+from .selection import forced as forced
+from .selection import instruction_set as instruction_set
+from .selection import select as select

@@ -1,8 +1,8 @@
 """The kernels in C++, for CPU tensors and ndarrays alike: one pass over memory each, vectorised, threaded with OpenMP.
 
-The library has a plain C interface on raw addresses, so that one build serves every version of torch, and the NumPy
-frontend as well. Loaded after torch, it shares torch's OpenMP threads. It is compiled for several instruction sets and
-picks one at load. Element-wise results are the same bits as the aten kernels', but for silu's.
+The library has a plain C interface on raw addresses (csrc/syncbn_cpu.h), so that one build serves every version of
+torch, and the NumPy frontend as well. Loaded after torch, it shares torch's OpenMP threads. It is compiled for several
+instruction sets and picks one at load. Element-wise results are the same bits as the aten kernels', except for silu.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import numpy as np
 
 from .. import native
 from ..layout import Layout, layout_of
-from .tail import PLAIN, Tail, weight_floor
+from .contract import Running, is_refused, refuse_mask
+from .epilogue import PLAIN, Epilogue, weight_floor
 
 
 class _Codes(dict[Any, int]):
-    """The library's number of each dtype, torch's and NumPy's, looked up by its name when first seen."""
+    """The library's number for each dtype of torch and NumPy, found by the dtype's name when it is first used."""
 
     def __missing__(self, dtype: Any) -> int:
         return self.setdefault(dtype, _NAMES.index(str(dtype).removeprefix("torch.")))
@@ -27,7 +28,6 @@ class _Codes(dict[Any, int]):
 
 _NAMES = ("float64", "float32", "bfloat16", "float16")
 _CODES = _Codes()
-HUGE_BYTES = 4_000_000  # from which on prefer_huge_pages pays
 _ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 1, "silu": 2}
 
 
@@ -39,18 +39,17 @@ def _load() -> ctypes.CDLL | None:
             warnings.warn(f"the kernels in C++ are not there: {native.absence()}", RuntimeWarning, stacklevel=2)
         return None
     pointer, integer, size, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_double
-    array, tail = [integer, *[size] * 3], [integer, real, real]
-    library.syncbn_isa.restype, library.syncbn_combine.restype = ctypes.c_char_p, real
+    array, epilogue = [integer, *[size] * 3], [integer, real, real]
+    library.syncbn_isa.restype, library.syncbn_normalise.restype = ctypes.c_char_p, real
     library.syncbn_set_cache_bytes.restype = size
     for name, arguments in {
         "isa": [],
         "set_cache_bytes": [size],
         "prefer_huge_pages": [pointer, ctypes.c_size_t],
         "stats": [*array, *[pointer] * 3],
-        "combine": [size, integer, *[pointer] * 5, real, real],
-        "elemt": [*array, *[pointer] * 6, *tail],
-        "backward_reduce": [*array, *[pointer] * 10, *tail],
-        "backward_elemt": [*array, *[pointer] * 7, *tail],
+        "normalise": [*array, *[pointer] * 10, integer, real, real, *epilogue],
+        "backward_reduce": [*array, *[pointer] * 10, *epilogue],
+        "backward_elemt": [*array, *[pointer] * 7, *epilogue],
     }.items():
         getattr(library, f"syncbn_{name}").argtypes = arguments
     return library
@@ -66,21 +65,28 @@ def instruction_set() -> str | None:
 
 def serves(x: Any) -> bool:
     """Whether these kernels are there and take x, a torch tensor or an ndarray."""
-    return _library is not None and (isinstance(x, np.ndarray) or x.is_cpu)
+    return _library is not None and (isinstance(x, np.ndarray) or getattr(x, "is_cpu", False))
+
+
+def absence() -> str:
+    """Returns why these kernels cannot be used in this process, and what to do, or ""."""
+    return "" if _library is not None else native.absence()
+
+
+def description() -> str:
+    """What these kernels take and how they compute."""
+    return f"CPU tensors and NumPy arrays, C++, instruction set {instruction_set()}"
 
 
 def prefer_huge_pages(x: Any) -> None:
-    """Asks for huge pages for a tensor that is still to be written, of at least HUGE_BYTES.
-
-    A copy into 51 MB of fresh memory took 43 ms in 4 KiB pages, 11 ms in huge ones, 7 ms into memory that had been
-    used; into 4 MB 3.1 and 1.8 ms, into 2 MB 1.1 and 1.3 ms.
-    """
-    if _library is not None and x.is_cpu:
+    """Asks the system for huge pages for a CPU tensor that is still to be written."""
+    if _library is not None:
         _library.syncbn_prefer_huge_pages(x.data_ptr(), x.nbytes)
 
 
-def stats(x: Any, center: Any) -> Any:
+def stats(x: Any, center: Any, mask: Any = None) -> Any:
     """Sums, sums of squares and the count of one rank's x. See the package's contract."""
+    refuse_mask(mask)
     layout = layout_of(x)
     (x,) = _dense(layout, x)
     moments = _empty(x, 2 * layout.flat_shape[1] + 1)
@@ -88,46 +94,60 @@ def stats(x: Any, center: Any) -> Any:
     return moments
 
 
-def combine(
+def normalise(
+    x: Any,
     moments: Any,
     center: Any,
-    running_mean: Any,
-    running_var: Any,
-    num_batches_tracked: Any,
-    momentum: Any,
+    running: Running,
     eps: float,
+    weight: Any,
+    bias: Any,
+    y: Any,
+    epilogue: Epilogue = PLAIN,
+    residual: Any = None,
+    mask: Any = None,
 ) -> float:
-    """Mean, invstd and count from the moments of all ranks, in place. See the package's contract."""
-    mean, var, code = running_mean, running_var, 0
-    if mean is not None:
-        # What the library updates in place: the buffers themselves where they are as it expects them.
-        code = _CODES[mean.dtype]
-        if _CODES[var.dtype] != code:
-            code = 0
-        mean, var = _vectors(code, mean, var)
-    batches = num_batches_tracked
-    if batches is not None and str(batches.dtype).removeprefix("torch.") != "int64":
-        batches = None  # as some averages of checkpoints have it
-    count: float = _library.syncbn_combine(
-        moments.shape[0] // 2, code, *_addresses(moments, center, mean, var, batches), float(momentum), eps
-    )
-    if mean is not running_mean:
-        running_mean[...] = mean
-    if var is not running_var:
-        running_var[...] = var
-    if batches is not num_batches_tracked and count > 1 and count.is_integer():
-        num_batches_tracked += 1
-    return count
-
-
-def elemt(x: Any, statistics: Any, weight: Any, bias: Any, y: Any, tail: Tail = PLAIN, residual: Any = None) -> None:
-    """The result: y = activation((x - mean) * (invstd * weight) + bias + residual). See the package's contract."""
+    """Statistics from the moments of all ranks; y = activation((x - mean) * (invstd * weight) + bias + residual)."""
+    refuse_mask(mask)
     layout, code = layout_of(y), _CODES[x.dtype]
     x, residual, out = _dense(layout, x, residual, y)
     weight, bias = _vectors(min(code, 1), weight, bias)
-    addresses = _addresses(x, residual, out, statistics, weight, bias)
-    _library.syncbn_elemt(code, *layout.flat_shape, *addresses, *_tail(x, tail))
+    mean, var, batches, momentum = running
+    running_code = 0
+    if mean is not None:
+        # The library updates the buffers themselves if both are dense and of one dtype, else copies of them.
+        running_code = _CODES[mean.dtype]
+        if _CODES[var.dtype] != running_code:
+            running_code = 0
+        mean, var = _vectors(running_code, mean, var)
+    if batches is not None and str(batches.dtype).removeprefix("torch.") != "int64":
+        batches = None  # averages of checkpoints have made it a float, say; it is counted below
+    count: float = _library.syncbn_normalise(
+        code,
+        *layout.flat_shape,
+        *_addresses(x, residual, out, moments, center, weight, bias, mean, var, batches),
+        running_code,
+        float(momentum),
+        eps,
+        *_epilogue(x, epilogue),
+    )
+    if is_refused(count):
+        return count
     _copy_back(layout, out, y)
+    if count:
+        _update_rest(running, mean, var, batches)
+    return count
+
+
+def _update_rest(running: Running, mean: Any, var: Any, batches: Any) -> None:
+    """Updates what the library could not: it was given mean, var and batches."""
+    if mean is not running.mean:
+        running.mean[...] = mean
+    if var is not running.var:
+        running.var[...] = var
+    if batches is not running.num_batches_tracked:
+        counter = running.num_batches_tracked
+        counter += 1
 
 
 def backward_reduce(
@@ -138,21 +158,23 @@ def backward_reduce(
     bias: Any,
     grad_weight: Any = None,
     grad_bias: Any = None,
-    tail: Tail = PLAIN,
+    epilogue: Epilogue = PLAIN,
     gate: Any = None,
     g: Any = None,
+    mask: Any = None,
 ) -> Any:
     """Sums of g and of g * (x - mean) of one rank. See the package's contract."""
+    refuse_mask(mask)
     layout, code = layout_of(x if g is None else g), _CODES[x.dtype]
     dy, x, gate, out = _dense(layout, dy, x, gate, g)
     accumulate, c = min(code, 1), layout.flat_shape[1]
     weight, bias = _vectors(accumulate, weight, bias)
     sums = _empty(x, 2 * c)
-    # The library fills gradients of the accumulate dtype, as they mostly are.
+    # The library writes gradients of the accumulate dtype itself, as most are.
     of_weight = None if grad_weight is None or _CODES[grad_weight.dtype] != accumulate else grad_weight
     of_bias = None if grad_bias is None or _CODES[grad_bias.dtype] != accumulate else grad_bias
     addresses = _addresses(dy, x, gate, out, statistics, weight, bias, of_weight, of_bias, sums)
-    _library.syncbn_backward_reduce(code, *layout.flat_shape, *addresses, *_tail(x, tail))
+    _library.syncbn_backward_reduce(code, *layout.flat_shape, *addresses, *_epilogue(x, epilogue))
     _copy_back(layout, out, g)
     if of_weight is not grad_weight:
         grad_weight[...] = sums[c:] * statistics[c:-1]
@@ -162,18 +184,28 @@ def backward_reduce(
 
 
 def backward_elemt(
-    dy: Any, x: Any, statistics: Any, weight: Any, bias: Any, sums: Any, dx: Any, tail: Tail = PLAIN
+    dy: Any,
+    x: Any,
+    statistics: Any,
+    weight: Any,
+    bias: Any,
+    sums: Any,
+    dx: Any,
+    epilogue: Epilogue = PLAIN,
+    mask: Any = None,
 ) -> None:
     """The gradient: dx = weight * invstd * (g - sum_g / N - (x - mean) * invstd^2 * sum_g_xmu / N)."""
+    refuse_mask(mask)
     layout, code = layout_of(dx), _CODES[x.dtype]
     dy, x, out = _dense(layout, dy, x, dx)
     weight, bias = _vectors(min(code, 1), weight, bias)
     addresses = _addresses(dy, x, out, statistics, weight, bias, sums)
-    _library.syncbn_backward_elemt(code, *layout.flat_shape, *addresses, *_tail(x, tail))
+    _library.syncbn_backward_elemt(code, *layout.flat_shape, *addresses, *_epilogue(x, epilogue))
     _copy_back(layout, out, dx)
 
 
-# These run several times a layer and step, where each operation of torch's costs as much as a tiny layer's arithmetic.
+# The functions below run several times per layer and step. They avoid torch operations, each of which costs as much as
+# the arithmetic of a tiny layer.
 
 
 def _addresses(*arrays: Any) -> list[int | None]:
@@ -201,7 +233,7 @@ def _dense(layout: Layout, *arrays: Any) -> list[Any]:
 
 
 def _copy_back(layout: Layout, out: Any, y: Any) -> None:
-    """Writes out, what _dense returned for y, into y, unless they are the same memory."""
+    """Copies out, which _dense returned for y, into y, unless they are the same memory."""
     if out is not y and _addresses(out) != _addresses(y):
         y[...] = layout.restore(out)
 
@@ -217,8 +249,8 @@ def _is_dense(v: Any) -> bool:
     return v.is_contiguous() and not v.is_neg()
 
 
-def _tail(x: Any, tail: Tail) -> tuple[int, float, float]:
-    return _ACTIVATIONS[tail.activation], tail.slope, weight_floor(x.dtype) if tail.in_place else 0.0
+def _epilogue(x: Any, epilogue: Epilogue) -> tuple[int, float, float]:
+    return _ACTIVATIONS[epilogue.activation], epilogue.slope, weight_floor(x.dtype) if epilogue.in_place else 0.0
 
 
 def _cast(v: Any, name: str) -> Any:
@@ -236,4 +268,4 @@ def _empty(like: Any, length: int) -> Any:
         return np.empty(length)
     import torch
 
-    return like.new_empty_strided((length,), (1,), dtype=torch.float64)  # which its other new tensors come from, too
+    return like.new_empty_strided((length,), (1,), dtype=torch.float64)  # on like's device, whatever the default is

@@ -26,8 +26,8 @@ The two sums run over all ranks. Pulling weight and invstd out of them, with xmu
 
     dL/dweight = sum(dy * xhat) = sum_dy_xmu * invstd        dL/dbias = sum_dy
 
-Tail. With y = activation(z), z = xhat * weight + bias + residual, all of this holds with g = dy * activation'(z), the
-gradient of z (and of residual), in dy's place. In place, y has overwritten x, and x - mean is recovered as
+Epilogue. With y = activation(z), z = xhat * weight + bias + residual, all of this holds with g = dy * activation'(z),
+the gradient of z (and of residual), in dy's place. In place, y has overwritten x, and x - mean is recovered as
 
     xmu = (activation^-1(y) - bias) / (invstd * weight).
 
@@ -44,9 +44,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..layout import flatten
-from .tail import PLAIN, Tail, weight_floor
+from .contract import Running, is_refused, refuse_mask
+from .epilogue import PLAIN, Epilogue, weight_floor
 
 Array = NDArray[Any]
+
+
+def serves(x: Any) -> bool:
+    """Whether these kernels take x: any ndarray."""
+    return isinstance(x, np.ndarray)
+
+
+def absence() -> str:
+    """Returns "": NumPy is always there."""
+    return ""
+
+
+def description() -> str:
+    """What these kernels take and how they compute."""
+    return "NumPy arrays, in float64"
 
 
 def _row(v: Array) -> Array:
@@ -55,17 +71,18 @@ def _row(v: Array) -> Array:
 
 
 def _channel_sums(v: Array) -> Array:
-    """(n, c, s) -> (c,). In one row per channel, which NumPy sums pairwise: its sums over other axes lose digits."""
+    """(n, c, s) -> (c,). Along one contiguous row per channel, for NumPy sums accurately (pairwise) only so."""
     sums: Array = np.ascontiguousarray(v.swapaxes(0, 1)).reshape(v.shape[1], -1).sum(1)
     return sums
 
 
-def stats(x: Array, center: Array | None) -> Array:
+def stats(x: Array, center: Array | None, mask: Array | None = None) -> Array:
     """Sums, sums of squares and the count of one rank's x. See the package's contract.
 
     >>> stats(np.array([[[1.0], [4.0]], [[3.0], [4.0]]], np.float32), None)
     array([ 4.,  8., 10., 32.,  2.])
     """
+    refuse_mask(mask)
     (x,) = flatten(x)
     v = x.astype(np.float64)
     if center is not None:
@@ -73,54 +90,55 @@ def stats(x: Array, center: Array | None) -> Array:
     return np.concatenate([_channel_sums(v), _channel_sums(v * v), [x.shape[0] * x.shape[2]]])
 
 
-def combine(
+def normalise(
+    x: Array,
     moments: Array,
     center: Array | None,
-    running_mean: Array | None,
-    running_var: Array | None,
-    num_batches_tracked: Array | None,
-    momentum: float,
+    running: Running,
     eps: float,
+    weight: Array | None,
+    bias: Array | None,
+    y: Array,
+    epilogue: Epilogue = PLAIN,
+    residual: Array | None = None,
+    mask: Array | None = None,
 ) -> float:
-    """Mean, invstd and count from the moments of all ranks, in place. See the package's contract.
+    """Statistics from the moments of all ranks; y = activation((x - mean) * (invstd * weight) + bias + residual).
 
-    >>> v = np.array([4.0, 10.0, 2.0])
-    >>> combine(v, None, None, None, None, 0.1, 0.0), v
-    (2.0, array([2., 1., 2.]))
+    >>> x, moments = np.array([[[1.0], [4.0]], [[3.0], [4.0]]]), np.array([4.0, 8.0, 10.0, 32.0, 2.0])
+    >>> y = np.empty_like(x)
+    >>> normalise(x, moments, None, Running(), 0.01, None, None, y), moments
+    (2.0, array([ 2.        ,  4.        ,  0.99503719, 10.        ,  2.        ]))
+    >>> y[:, 0, 0]
+    array([-0.99503719,  0.99503719])
     """
-    c = len(moments) // 2
+    refuse_mask(mask)
     count = float(moments[-1])
+    if is_refused(count):
+        return count
+    c = len(moments) // 2
     n = np.maximum(count, 1)
     offset = moments[:c] / n
     mean = offset if center is None else center + offset
     # max: rounding may leave a tiny negative difference where all elements are equal.
     var = np.maximum(moments[c:-1] / n - offset * offset, 0.0)
     moments[:c], moments[c:-1] = mean, 1.0 / np.sqrt(var + eps)
-    if not (count > 1 and count.is_integer()):
-        return count
-    if num_batches_tracked is not None:
-        num_batches_tracked += 1
-    if running_mean is not None and running_var is not None:
-        unbiased = var * (count / (count - 1))
-        running_mean[...] = running_mean + momentum * (mean - running_mean)
-        running_var[...] = running_var + momentum * (unbiased - running_var)
+    if count:
+        _update(running, mean, var * (count / (count - 1)))
+    y, x, residual = flatten(y, x, residual)
+    z = (x - _row(mean)) * _scale(x, moments, weight, epilogue) + (0.0 if bias is None else _row(bias))
+    y[...] = _activate(z if residual is None else z + residual, epilogue)
     return count
 
 
-def elemt(
-    x: Array,
-    statistics: Array,
-    weight: Array | None,
-    bias: Array | None,
-    y: Array,
-    tail: Tail = PLAIN,
-    residual: Array | None = None,
-) -> None:
-    """The result: y = activation((x - mean) * (invstd * weight) + bias + residual). See the package's contract."""
-    y, x, residual = flatten(y, x, residual)
-    c = x.shape[1]
-    z = (x - _row(statistics[:c])) * _scale(x, statistics, weight, tail) + (0.0 if bias is None else _row(bias))
-    y[...] = _forward(z if residual is None else z + residual, tail)
+def _update(running: Running, mean: Array, unbiased_var: Array) -> None:
+    """Moves the running statistics towards the batch's by momentum, and counts the batch."""
+    batches = running.num_batches_tracked
+    if batches is not None:
+        batches += 1
+    if running.mean is not None:
+        running.mean[...] = running.mean + running.momentum * (mean - running.mean)
+        running.var[...] = running.var + running.momentum * (unbiased_var - running.var)
 
 
 def backward_reduce(
@@ -131,13 +149,15 @@ def backward_reduce(
     bias: Array | None,
     grad_weight: Array | None = None,
     grad_bias: Array | None = None,
-    tail: Tail = PLAIN,
+    epilogue: Epilogue = PLAIN,
     gate: Array | None = None,
     g: Array | None = None,
+    mask: Array | None = None,
 ) -> Array:
     """Sums of g and of g * (x - mean) of one rank. See the package's contract."""
+    refuse_mask(mask)
     g, x, dy, gate = flatten(g, x, dy, gate) if g is not None else (None, *flatten(x, dy, gate))
-    gradient, xmu = _differentiate(dy, x, statistics, weight, bias, tail, gate)
+    gradient, xmu = _differentiate(dy, x, statistics, weight, bias, epilogue, gate)
     if g is not None:
         g[...] = gradient
     sum_dy, sum_dy_xmu = _channel_sums(gradient), _channel_sums(gradient * xmu)
@@ -156,23 +176,25 @@ def backward_elemt(
     bias: Array | None,
     sums: Array,
     dx: Array,
-    tail: Tail = PLAIN,
+    epilogue: Epilogue = PLAIN,
+    mask: Array | None = None,
 ) -> None:
     """The gradient: dx = weight * invstd * (g - sum_g / N - (x - mean) * invstd^2 * sum_g_xmu / N)."""
+    refuse_mask(mask)
     dx, x, dy = flatten(dx, x, dy)
     c = x.shape[1]
     n = np.maximum(statistics[-1], 1)
-    g, xmu = _differentiate(dy, x, statistics, weight, bias, tail, None)
+    g, xmu = _differentiate(dy, x, statistics, weight, bias, epilogue, None)
     mean_dy, slope = _row(sums[:c] / n), _row(sums[c:] / n * np.square(statistics[c:-1]))
-    dx[...] = (g - mean_dy - xmu * slope) * _scale(x, statistics, weight, tail)
+    dx[...] = (g - mean_dy - xmu * slope) * _scale(x, statistics, weight, epilogue)
 
 
-def _scale(x: Array, statistics: Array, weight: Array | None, tail: Tail) -> Array:
+def _scale(x: Array, statistics: Array, weight: Array | None, epilogue: Epilogue) -> Array:
     """Returns invstd * weight, (c, 1)."""
     invstd = _row(statistics[x.shape[1] : -1])
     if weight is None:
         return invstd
-    floor = weight_floor(x.dtype) if tail.in_place else 0.0
+    floor = weight_floor(x.dtype) if epilogue.in_place else 0.0
     w = _row(weight)
     return invstd * np.where(abs(w) < floor, np.where(w < 0, -floor, floor), w)
 
@@ -183,42 +205,43 @@ def _differentiate(
     statistics: Array,
     weight: Array | None,
     bias: Array | None,
-    tail: Tail,
+    epilogue: Epilogue,
     gate: Array | None,
 ) -> tuple[Array, Array]:
     """Returns g, the gradient of z, and x - mean."""
-    scale, shift = _scale(x, statistics, weight, tail), 0.0 if bias is None else _row(bias)
-    if tail.in_place:
-        z = np.where(x < 0, x / _slope(tail), x)
-        return _backward(dy, z, tail), (z - shift) / scale
+    scale, shift = _scale(x, statistics, weight, epilogue), 0.0 if bias is None else _row(bias)
+    if epilogue.in_place:
+        z = np.where(x < 0, x / _slope(epilogue), x)
+        return _differentiate_activation(dy, z, epilogue), (z - shift) / scale
     xmu = x - _row(statistics[: x.shape[1]])
     z = xmu * scale + shift
     if gate is not None:
-        z = z + gate if tail.activation == "silu" else gate
-    return _backward(dy, z, tail), xmu
+        z = z + gate if epilogue.activation == "silu" else gate
+    return _differentiate_activation(dy, z, epilogue), xmu
 
 
-def _slope(tail: Tail) -> float:
+def _slope(epilogue: Epilogue) -> float:
     """Returns the activation's slope below 0."""
-    return {"none": 1.0, "relu": 0.0, "leaky_relu": tail.slope}[tail.activation]
+    return {"none": 1.0, "relu": 0.0, "leaky_relu": epilogue.slope}[epilogue.activation]
 
 
-def _forward(z: Array, tail: Tail) -> Array:
+def _activate(z: Array, epilogue: Epilogue) -> Array:
     y: Array
-    if tail.activation == "silu":
+    if epilogue.activation == "silu":
         y = z * _sigmoid(z)
         return y
-    y = np.where(z < 0, 0.0 if _slope(tail) == 0 else z * _slope(tail), z)
+    y = np.where(z < 0, 0.0 if _slope(epilogue) == 0 else z * _slope(epilogue), z)
     return y
 
 
-def _backward(dy: Array, z: Array, tail: Tail) -> Array:
+def _differentiate_activation(dy: Array, z: Array, epilogue: Epilogue) -> Array:
+    """Returns dy * activation'(z)."""
     dy = dy.astype(np.float64)
     g: Array
-    if tail.activation == "silu":
+    if epilogue.activation == "silu":
         g = dy * _sigmoid(z) * (1 + z * (1 - _sigmoid(z)))
         return g
-    g = np.where(z <= 0, 0.0 if _slope(tail) == 0 else dy * _slope(tail), dy)
+    g = np.where(z <= 0, 0.0 if _slope(epilogue) == 0 else dy * _slope(epilogue), dy)
     return g
 
 

@@ -8,9 +8,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ..arguments import check_arguments
 from ..core import Running
 from ..kernels import PLAIN, Epilogue, check_epilogue
-from ..layout import check_arguments
 
 
 def check_forward(

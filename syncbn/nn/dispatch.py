@@ -96,7 +96,7 @@ def batch_stats_norm(
     tensors = input, weight, bias, residual
     traced = is_traced(*tensors)
     if is_transformed(*tensors):
-        running = core.running_of(*running)
+        running = Running.of(*running)
         call = TracedCall(running, eps, group.name, epilogue) if traced else EagerCall(running, eps, group, epilogue)
         return differentiable.batch_stats_norm(input, running, weight, bias, residual, call)
     if traced:
@@ -106,7 +106,7 @@ def batch_stats_norm(
         check_forward(input, num_features, running, weight, bias, eps, epilogue, residual)
     except Exception as error:
         core.refuse(error, forward_message(input, num_features, weight, bias, running), comm)
-    call = EagerCall(core.running_of(*running), eps, group, epilogue)
+    call = EagerCall(Running.of(*running), eps, group, epilogue)
     y: Tensor = BatchStatsNorm.apply(input, weight, bias, residual, call)  # type: ignore[no-untyped-call]
     return y
 

@@ -10,9 +10,8 @@ from torch import Tensor
 from .. import core
 from ..comm import Communicator, Group
 from ..core import Running
-from ..kernels import Epilogue, select
-from ..kernels.cpu import HUGE_BYTES, prefer_huge_pages
-from ..layout import Layout, layout_of
+from ..kernels import Epilogue, empty, select
+from ..layout import layout_of
 from .checks import backward_message, check_memory
 from .operators import TracedCall
 from .recomputation import is_recomputing, reduce
@@ -81,11 +80,3 @@ class EagerCall:
         )
         grad_residual = grad_output if ctx.has_residual and g is None else g
         return dx, grad_weight, grad_bias, grad_residual
-
-
-def empty(layout: Layout, like: Tensor) -> Tensor:
-    """Returns a dense tensor of that layout, to be filled."""
-    y = like.new_empty_strided(layout.shape, layout.strides)
-    if y.nbytes >= HUGE_BYTES:
-        prefer_huge_pages(y)
-    return y

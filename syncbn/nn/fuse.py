@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..kernels import Tail
+from ..kernels import Epilogue as Tail
 from .layer import SyncBatchNorm
 from .norm_act import SyncBatchNormAct
 

@@ -198,7 +198,7 @@ def _reduce(
         check_forward(x, num_features, running, weight, bias, eps, Epilogue(activation, slope), residual)
     except Exception as error:
         core.refuse(error, forward_message(x, num_features, weight, bias, running), comm)
-    moments, center = reduce(x, select(x), comm)
+    moments, center = reduce(x, select(x), comm, mask)
     return moments, _no_tensor(x, torch.float64) if center is None else center
 
 
@@ -222,10 +222,10 @@ def _normalise(
     y = _empty_like(x)
     running = core.NOTHING
     if not is_recomputing():
-        running = core.running_of(running_mean, running_var, num_batches_tracked, momentum)
+        running = Running.of(running_mean, running_var, num_batches_tracked, momentum)
     statistics = core.normalise(
         x, y, weight, bias, running, eps, select(x), communicator_named(group), moments.clone(),
-        center if center.numel() else None, Epilogue(activation, slope), residual,
+        center if center.numel() else None, Epilogue(activation, slope), residual, mask,
     )  # fmt: skip
     return y, statistics
 
@@ -253,7 +253,7 @@ def _backward_reduce(
     grad_weight, grad_bias, g = _gradients(x, weight, bias_dtype, gate)
     sums = core.backward_reduce(
         dy, x, weight, bias, None if weight is None else grad_weight, None if bias_dtype is None else grad_bias,
-        statistics, select(x), comm, Epilogue(activation, slope), gate, None if gate is None else g,
+        statistics, select(x), comm, Epilogue(activation, slope), gate, None if gate is None else g, mask,
     )  # fmt: skip
     return sums, grad_weight, grad_bias, g
 
@@ -270,7 +270,7 @@ def _backward_elemt(
     slope: float,
 ) -> Tensor:
     dx = _empty_like(x)
-    select(x).backward_elemt(dy, x, statistics, weight, bias, sums, dx, Epilogue(activation, slope))
+    select(x).backward_elemt(dy, x, statistics, weight, bias, sums, dx, Epilogue(activation, slope), mask)
     return dx
 
 

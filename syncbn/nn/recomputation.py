@@ -89,12 +89,12 @@ def are_contexts_active() -> bool:
     return bool(_local.contexts)
 
 
-def reduce(x: Tensor, kernels: Any, comm: Communicator) -> tuple[Tensor, Tensor | None]:
+def reduce(x: Tensor, kernels: Any, comm: Communicator, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Returns core.reduce(x, kernels, comm), or what that was when the region was recorded."""
     contexts = _local.contexts
     source = next((i for i in reversed(range(len(contexts))) if contexts[i].replays), None)
     if source is None:
-        moments, center = core.reduce(x, kernels, comm)
+        moments, center = core.reduce(x, kernels, comm, mask)
     else:
         replayed = contexts[source]
         if replayed.next == len(replayed.tape):

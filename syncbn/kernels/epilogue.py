@@ -1,4 +1,4 @@
-"""What follows the affine step of batch normalisation in the same pass over memory."""
+"""Activation and in-place work, fused into normalise and backward."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 ACTIVATIONS = ("none", "relu", "leaky_relu", "silu")
 
 
-class Tail(NamedTuple):
-    """What follows the affine step in the same pass over memory.
+class Epilogue(NamedTuple):
+    """What normalise does with z = (x - mean) * invstd * weight + bias + residual; backward differentiates it.
 
     Attributes:
         activation: one of ACTIVATIONS.
         slope: of leaky_relu below 0; at least 0, in place at least 2^-10. 0 for the others.
         in_place: y overwrites x, and backward recovers x - mean from y. A weight closer to 0 than `weight_floor` then
-            counts as that far from it, for at 0 y tells nothing about x.
+            counts as that far from it, for with a weight of 0 y would not depend on x.
     """
 
     activation: str = "none"
@@ -22,26 +22,26 @@ class Tail(NamedTuple):
     in_place: bool = False
 
 
-PLAIN = Tail()
+PLAIN = Epilogue()
 
 
 def weight_floor(dtype: Any) -> float:
     """Returns the smallest absolute weight of in-place work, for arrays of that dtype.
 
-    Of |y| near |bias| rounding leaves x - mean an error of roundoff * |bias / weight| standard deviations, which the
-    floor bounds; and it changes y by at most floor standard deviations of x.
+    Where y is about as large as bias, x - mean is recovered from it with an error of roundoff * |bias / weight|
+    standard deviations of x, which the floor bounds. The floor changes y by at most floor standard deviations of x.
     """
     return 2.0**-10 if dtype.itemsize == 2 else 2.0**-17
 
 
-def check_tail(tail: Tail) -> None:
-    """Refuses a tail that the kernels do not have.
+def check_epilogue(epilogue: Epilogue) -> None:
+    """Refuses an epilogue that the kernels do not have.
 
     Raises:
         TypeError: a slope that is no number.
         ValueError: an unknown activation, one that cannot be inverted in place, or a slope that does not fit.
     """
-    activation, slope, in_place = tail
+    activation, slope, in_place = epilogue
     if activation not in ACTIVATIONS:
         raise ValueError(f"expected act to be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
     if in_place and activation not in ("none", "leaky_relu"):

@@ -1,18 +1,18 @@
-"""The kernels' tail: activation, residual and in-place work, every implementation against the reference."""
+"""The kernels' epilogue: activation, residual and in-place work, every implementation against the reference."""
 
 import itertools
 
 import numpy as np
 import pytest
 import torch
-from implementations import ELEMENT, SUM, filled
+from implementations import ELEMENT, SUM, filled, normalised
 from test_kernels import SHAPES
 
-from syncbn.kernels import Tail, aten, cpu, reference
-from syncbn.kernels.tail import weight_floor
+from syncbn.kernels import Epilogue, aten, cpu, reference
+from syncbn.kernels.epilogue import weight_floor
 
-TAILS = [Tail(), Tail("relu"), Tail("leaky_relu", 0.25), Tail("silu")]
-IN_PLACE = [Tail("none", 0.0, True), Tail("leaky_relu", 0.25, True)]
+EPILOGUES = [Epilogue(), Epilogue("relu"), Epilogue("leaky_relu", 0.25), Epilogue("silu")]
+IN_PLACE = [Epilogue("none", 0.0, True), Epilogue("leaky_relu", 0.25, True)]
 
 
 def case(shape, seed=0):
@@ -24,63 +24,63 @@ def case(shape, seed=0):
     weight[::2] *= -1
     statistics = np.append(rng.uniform(0.5, 1.5, 2 * c), max(n * s, 1))
     for other in (0.0, residual):
-        z = filled(reference.elemt, x, statistics, weight, bias) + other
+        z = normalised(reference, x, statistics, weight, bias) + other
         assert (abs(z) > 1e-6).all()
     return x, dy, residual, statistics, weight, bias
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("tail", TAILS, ids=lambda t: t.activation)
+@pytest.mark.parametrize("epilogue", EPILOGUES, ids=lambda t: t.activation)
 @pytest.mark.parametrize("with_residual", [False, True])
-def test_elemt(implementation, shape, tail, with_residual):
+def test_normalise(implementation, shape, epilogue, with_residual):
     x, _, residual, *vectors = case(shape)
-    options = {"tail": tail, "residual": residual if with_residual else None}
+    options = {"epilogue": epilogue, "residual": residual if with_residual else None}
     found_options = options | {"residual": implementation.arrays(options["residual"])[0]}
-    expected = filled(reference.elemt, x, *vectors, **options)
-    found = filled(implementation.elemt, *implementation.arrays(x, *vectors), **found_options)
+    expected = normalised(reference, x, *vectors, **options)
+    found = normalised(implementation, *implementation.arrays(x, *vectors), **found_options)
     np.testing.assert_allclose(found, expected, **ELEMENT)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("tail", TAILS[1:], ids=lambda t: t.activation)
+@pytest.mark.parametrize("epilogue", EPILOGUES[1:], ids=lambda t: t.activation)
 @pytest.mark.parametrize("with_residual", [False, True])
-def test_backward(implementation, shape, tail, with_residual):
+def test_backward(implementation, shape, epilogue, with_residual):
     x, dy, residual, *vectors = case(shape)
-    y = filled(reference.elemt, x, *vectors, tail=tail, residual=residual if with_residual else None)
-    gate = (residual if tail.activation == "silu" else y) if with_residual else None
+    y = normalised(reference, x, *vectors, epilogue=epilogue, residual=residual if with_residual else None)
+    gate = (residual if epilogue.activation == "silu" else y) if with_residual else None
     g, found_g = np.empty_like(x), implementation.arrays(np.full_like(x, np.nan))[0]
     gates = (gate, g) if with_residual else ()
     found_gates = (*implementation.arrays(gate), found_g) if with_residual else ()
-    sums = reference.backward_reduce(dy, x, *vectors, None, None, tail, *gates)
-    found = implementation.backward_reduce(*implementation.arrays(dy, x, *vectors), None, None, tail, *found_gates)
+    sums = reference.backward_reduce(dy, x, *vectors, None, None, epilogue, *gates)
+    found = implementation.backward_reduce(*implementation.arrays(dy, x, *vectors), None, None, epilogue, *found_gates)
     # silu's derivative is of float32; the sums have up to 500 terms of order 1.
-    tolerance = {"rtol": 1e-6, "atol": 500 * 2.0**-23} if tail.activation == "silu" else SUM
+    tolerance = {"rtol": 1e-6, "atol": 500 * 2.0**-23} if epilogue.activation == "silu" else SUM
     np.testing.assert_allclose(found, sums, **tolerance)
     if with_residual:
         np.testing.assert_allclose(found_g, g, **ELEMENT)
         return
-    expected = filled(reference.backward_elemt, dy, x, *vectors, sums, tail=tail)
+    expected = filled(reference.backward_elemt, dy, x, *vectors, sums, epilogue=epilogue)
     arrays = implementation.arrays(dy, x, *vectors, sums)
     np.testing.assert_allclose(
-        filled(implementation.backward_elemt, *arrays, tail=tail), expected, rtol=2.0**-20, atol=2.0**-20
+        filled(implementation.backward_elemt, *arrays, epilogue=epilogue), expected, rtol=2.0**-20, atol=2.0**-20
     )
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("tail", IN_PLACE, ids=lambda t: t.activation)
-def test_in_place(implementation, shape, tail):
+@pytest.mark.parametrize("epilogue", IN_PLACE, ids=lambda t: t.activation)
+def test_in_place(implementation, shape, epilogue):
     x, dy, _, statistics, weight, bias = case(shape)
     vectors = statistics, weight, bias
-    ordinary = tail._replace(in_place=False)
-    sums = reference.backward_reduce(dy, x, *vectors, tail=ordinary)
-    dx = filled(reference.backward_elemt, dy, x, *vectors, sums, tail=ordinary)
-    z = filled(reference.elemt, x, *vectors)
+    ordinary = epilogue._replace(in_place=False)
+    sums = reference.backward_reduce(dy, x, *vectors, epilogue=ordinary)
+    dx = filled(reference.backward_elemt, dy, x, *vectors, sums, epilogue=ordinary)
+    z = normalised(reference, x, *vectors)
     (found,) = implementation.arrays(x)
     arrays = implementation.arrays(*vectors)
-    implementation.elemt(found, *arrays, found, tail)
-    np.testing.assert_allclose(found, filled(reference.elemt, x, *vectors, tail=ordinary), **ELEMENT)
+    normalised(implementation, found, *arrays, epilogue, y=found)
+    np.testing.assert_allclose(found, normalised(reference, x, *vectors, epilogue=ordinary), **ELEMENT)
     (found_dy,) = implementation.arrays(dy)
-    found_sums = implementation.backward_reduce(found_dy, found, *arrays, tail=tail)
+    found_sums = implementation.backward_reduce(found_dy, found, *arrays, epilogue=epilogue)
     # z is known from y to a roundoff of its terms and one more of z itself.
     scale = abs(statistics[x.shape[1] : -1] * weight)[:, None]
     xmu_off = 6 * 2.0**-24 * (abs(z) + 2 * abs(bias[:, None])) / scale
@@ -89,7 +89,9 @@ def test_in_place(implementation, shape, tail):
     )
     np.testing.assert_allclose(np.asarray(found_sums)[: x.shape[1]], sums[: x.shape[1]], **SUM)
     slope = abs(sums[x.shape[1] :] / statistics[-1] * statistics[x.shape[1] : -1] ** 2)[:, None]
-    found_dx = filled(implementation.backward_elemt, found_dy, found, *arrays, *implementation.arrays(sums), tail=tail)
+    found_dx = filled(
+        implementation.backward_elemt, found_dy, found, *arrays, *implementation.arrays(sums), epilogue=epilogue
+    )
     off = scale * slope * xmu_off + 2.0**-20 * (1 + abs(dx))
     assert (abs(np.asarray(found_dx) - dx) <= off).all()
 
@@ -105,9 +107,9 @@ def test_the_smallest_weight_in_place(implementation, dtype):
     arguments = implementation.arrays(np.array([0.0] * 4 + [1.0] * 4 + [2.0]), weight, None)
     floor = weight_floor(x.dtype)
     assert floor == (2.0**-10 if dtype in ("bfloat16", "float16") else 2.0**-17)
-    implementation.elemt(x, *arguments, x, IN_PLACE[0])
+    normalised(implementation, x, *arguments, IN_PLACE[0], y=x)
     assert x[0, :, 0].tolist() == [floor, floor, -floor, 0.5]
-    sums = implementation.backward_reduce(x * 0 + 1, x, *arguments, tail=IN_PLACE[0])
+    sums = implementation.backward_reduce(x * 0 + 1, x, *arguments, epilogue=IN_PLACE[0])
     np.testing.assert_allclose(sums, [2.0] * 4 + [-1.0] * 4, rtol=1e-3)
 
 
@@ -121,17 +123,17 @@ def test_cpu_and_aten_give_the_same_bits(shape, dtype):
     weight, bias = torch.rand(2, shape[1], dtype=torch.float64 if dtype == "float64" else torch.float32) - 0.5
     vectors = statistics, weight, bias
     sums = torch.rand(2 * shape[1], dtype=torch.float64) * x[:, 0].numel()
-    for tail, r in itertools.product([*TAILS[:3], *IN_PLACE], [None, residual]):
-        y, expected = (filled(k.elemt, x, *vectors, tail=tail, residual=r) for k in (cpu, aten))
-        assert torch.equal(y, expected), tail
-        if r is not None and not tail.in_place and tail.activation != "none":
+    for epilogue, r in itertools.product([*EPILOGUES[:3], *IN_PLACE], [None, residual]):
+        y, expected = (normalised(k, x, *vectors, epilogue=epilogue, residual=r) for k in (cpu, aten))
+        assert torch.equal(y, expected), epilogue
+        if r is not None and not epilogue.in_place and epilogue.activation != "none":
             g, expected = torch.empty_like(x), torch.empty_like(x)
             for kernels, out in ((cpu, g), (aten, expected)):
-                kernels.backward_reduce(dy, x, *vectors, None, None, tail, y, out)
-            assert torch.equal(g, expected), tail
-        seen = y if tail.in_place else x
-        dx, expected = (filled(k.backward_elemt, dy, seen, *vectors, sums, tail=tail) for k in (cpu, aten))
-        assert torch.equal(dx, expected), tail
+                kernels.backward_reduce(dy, x, *vectors, None, None, epilogue, y, out)
+            assert torch.equal(g, expected), epilogue
+        seen = y if epilogue.in_place else x
+        dx, expected = (filled(k.backward_elemt, dy, seen, *vectors, sums, epilogue=epilogue) for k in (cpu, aten))
+        assert torch.equal(dx, expected), epilogue
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -141,23 +143,32 @@ def test_silu_is_accurate_everywhere(dtype):
     x = z.to(getattr(torch, dtype)).reshape(1, 1, -1)
     statistics = torch.tensor([0.0, 1.0, 9.0], dtype=torch.float64)
     u = torch.finfo(x.dtype).eps / 2
-    y, dy = filled(cpu.elemt, x, statistics, None, None, tail=Tail("silu")), torch.ones_like(x)
+    y, dy = normalised(cpu, x, statistics, None, None, epilogue=Epilogue("silu")), torch.ones_like(x)
     exact = x.double()
     # 88 is where exp is clamped: beyond it silu is below 1e-35.
     torch.testing.assert_close(y.double(), torch.nn.functional.silu(exact), rtol=16 * u, atol=1e-6 * 2.0**-100)
     dx = filled(
-        cpu.backward_elemt, dy, x, statistics, None, None, torch.zeros(2, dtype=torch.float64), tail=Tail("silu")
+        cpu.backward_elemt,
+        dy,
+        x,
+        statistics,
+        None,
+        None,
+        torch.zeros(2, dtype=torch.float64),
+        epilogue=Epilogue("silu"),
     )
     p = exact.sigmoid()
     terms = p * (1 + abs(exact) * (1 - p))
     assert (abs(dx.double() - p * (1 + exact * (1 - p))) <= 32 * u * terms + 1e-36).all()
 
 
-@pytest.mark.parametrize("tail", TAILS[1:3], ids=lambda t: t.activation)
-def test_infinity_and_nan_go_through_as_in_torch(tail):
+@pytest.mark.parametrize("epilogue", EPILOGUES[1:3], ids=lambda t: t.activation)
+def test_infinity_and_nan_go_through_as_in_torch(epilogue):
     x = torch.tensor([float("inf"), -float("inf"), float("nan"), 1.0, -1.0]).reshape(1, 1, 5)
     statistics = torch.tensor([0.0, 1.0, 9.0], dtype=torch.float64)
-    function = torch.relu if tail.activation == "relu" else lambda v: torch.nn.functional.leaky_relu(v, tail.slope)
+    function = (
+        torch.relu if epilogue.activation == "relu" else lambda v: torch.nn.functional.leaky_relu(v, epilogue.slope)
+    )
     for kernels in (cpu, aten):
-        y = filled(kernels.elemt, x, statistics, None, None, tail=tail)
+        y = normalised(kernels, x, statistics, None, None, epilogue=epilogue)
         torch.testing.assert_close(y, function(x), rtol=0, atol=0, equal_nan=True)

@@ -1,0 +1,77 @@
+"""What a batch and its vectors must be."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+FLOATING = ("float16", "bfloat16", "float32", "float64")
+_known_dtypes: set[Any] = set()  # dtypes of both libraries that were found to be floating: looked up in nanoseconds
+
+
+def check_arguments(
+    x: Any, num_features: int, weight: Any, bias: Any, running_mean: Any, running_var: Any, momentum: Any, eps: Any
+) -> None:
+    """Refuses what is not a floating-point batch of shape (N, C, ...) with vectors of length C and sensible numbers.
+
+    Args:
+        x: a torch tensor or an ndarray.
+        num_features: C, where none of the vectors says it; 0 where x does.
+        weight, bias, running_mean, running_var: of x's library, or None.
+        momentum: a number, or a 0-d array.
+        eps: a number.
+
+    Raises:
+        TypeError: x or a vector is of none of the dtypes float16, bfloat16, float32, float64.
+        ValueError: x has fewer than two axes, no channels, or a number of channels that does not fit the vectors; one
+            of running_mean and running_var alone is given; eps is not above 0; momentum is not finite.
+    """
+    shape = x.shape
+    if len(shape) < 2:
+        raise ValueError(
+            f"expected an input of at least 2 axes, (N, C, ...); got {len(shape)}, shape {tuple(shape)}: "
+            "reshape it so that axis 1 holds the channels"
+        )
+    expected = None
+    for v in (weight, bias, running_mean, running_var):
+        if v is not None:
+            expected = expected or v.shape
+            if v.shape != expected or len(expected) != 1 or v.dtype not in _known_dtypes:
+                vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+                _check_vector(next(name for name, vector in vectors.items() if vector is v), v, expected)
+    channels = expected[0] if expected else num_features or shape[1]
+    if shape[1] == 0 or shape[1] != channels:
+        raise ValueError(
+            f"expected an input with {channels or 'at least 1'} channels on axis 1; got {shape[1]}, shape "
+            f"{tuple(shape)}: check num_features against the layer before this one"
+        )
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("expected running_mean and running_var, or neither; got one: pass both, or None for both")
+    if x.dtype not in _known_dtypes:
+        _check_dtype("an input", x.dtype)
+    if not _is_number(eps) or not float(eps) > 0:
+        raise ValueError(f"expected eps above 0; got {eps!r}: a channel of equal values would be divided by 0")
+    if not _is_number(momentum) or (isinstance(momentum, float) and not math.isfinite(momentum)):
+        raise ValueError(f"expected momentum to be a finite number; got {momentum!r}")
+
+
+def _is_number(v: Any) -> bool:
+    """Whether v is a number or a 0-d array."""
+    return isinstance(v, (float, int, Real)) or getattr(v, "shape", None) == ()
+
+
+def _check_vector(name: str, v: Any, expected: tuple[int, ...]) -> None:
+    if v.shape != expected or len(expected) != 1:
+        raise ValueError(
+            f"expected weight, bias, running_mean and running_var of one shape, (C,); got {name} of shape "
+            f"{tuple(v.shape)} for {tuple(expected)}: was it replaced, or loaded from another layer?"
+        )
+    _check_dtype(name, v.dtype)
+
+
+def _check_dtype(name: str, dtype: Any) -> None:
+    plain = str(dtype).removeprefix("torch.")
+    if plain not in FLOATING:
+        raise TypeError(f"expected {name} of dtype {', '.join(FLOATING)}; got {plain}: convert it first")
+    _known_dtypes.add(dtype)

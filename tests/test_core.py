@@ -1,0 +1,93 @@
+"""What core asks of kernels and communicators beside the numbers: counts, and the running statistics."""
+
+import importlib
+
+import numpy as np
+import pytest
+import torch
+
+from syncbn import core
+from syncbn.comm import LocalCommunicator
+from syncbn.kernels import Epilogue, Running, select
+
+
+class OnlyBuffers:
+    """A communicator that keeps what it was asked for."""
+
+    rank, world_size = 0, 1
+
+    def __init__(self):
+        self.lengths = []
+
+    def all_reduce(self, buffer):
+        self.lengths.append(len(buffer))
+
+
+class Scaling(LocalCommunicator):
+    """A communicator that sums wrongly."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def all_reduce(self, buffer):
+        buffer *= self.factor
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("factor", [-1.0, float("inf"), float("nan"), 1.3])
+def test_a_count_that_no_ranks_can_have_is_an_error_and_changes_nothing(factor, dtype):
+    x, running = np.ones((4, 3, 2), dtype), Running(np.zeros(3), np.ones(3), np.array(0), 0.5)
+    y = np.full_like(x, 7)
+    with pytest.raises(RuntimeError, match=r"expected (the ranks' counts|float64 input|statistics)"):
+        core.forward(x, y, None, None, running, 1e-5, select(x), Scaling(factor))
+    assert (y == 7).all()
+    assert [v.tolist() for v in running[:3]] == [[0.0] * 3, [1.0] * 3, 0]
+
+
+def test_no_mask_is_taken_before_a_message_is_sent():
+    comm, x = OnlyBuffers(), torch.randn(4, 3, 2)
+    mask = torch.ones(4, 1, 2, dtype=torch.bool)
+    with pytest.raises(NotImplementedError, match="mask"):
+        core.forward(x, x * 0, None, None, Running(), 1e-5, select(x), comm, mask=mask)
+    with pytest.raises(NotImplementedError, match="mask"):
+        core.backward(x, x, x * 0, None, None, None, None, torch.ones(7).double(), select(x), comm, mask=mask)
+    assert comm.lengths == []
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference", "aten"])
+def test_evaluation_works_with_exactly_the_running_statistics(name):
+    kernels = importlib.import_module(f"syncbn.kernels.{name}")
+    mean, var = np.array([0.1, -3e30, 0.0], np.float32), np.array([0.3, 2e38, 0.0], np.float32)
+    arrays = np.ones((2, 3, 4), np.float32), np.ones((2, 3, 4), np.float32), mean, var
+    x, y, *buffers = map(torch.from_numpy, arrays) if name == "aten" else arrays
+    statistics = core.eval_forward(x, y, None, None, *buffers, 1e-5, kernels)
+    wide = mean.astype(np.float64), 1 / np.sqrt(var.astype(np.float64) + 1e-5)
+    np.testing.assert_array_equal(np.asarray(statistics)[:6], np.concatenate(wide))
+
+
+@pytest.mark.parametrize("batches", [0, 3, 2**24 + 1])
+def test_the_cumulative_average_has_the_same_momentum_for_all_arrays(batches):
+    expected = 1 / (batches + 1)
+    for counter in (np.array(batches), torch.tensor(batches), torch.tensor(batches).double(), batches):
+        assert Running.of(None, None, counter, None).momentum == expected
+    assert Running.of(None, None, None, None).momentum == 0.0
+    assert Running.of(None, None, np.array(batches), 0.25).momentum == 0.25
+
+
+def test_the_cumulative_average_is_not_read_from_an_accelerator():
+    momentum = Running.of(None, None, torch.tensor(3, device="meta"), None).momentum
+    assert (momentum.device.type, momentum.dtype, momentum.shape) == ("meta", torch.float64, ())
+
+
+def test_backward_after_a_residual_takes_gate_and_g_by_name():
+    x, dy, residual = torch.randn(3, 6, 4, 5)
+    kernels, comm, relu = select(x), LocalCommunicator(), Epilogue("relu")
+    y, dx, g = (torch.empty_like(x) for _ in range(3))
+    statistics = core.forward(x, y, None, None, Running(), 1e-5, kernels, comm, relu, residual)
+    core.backward(dy, x, dx, None, None, None, None, statistics, kernels, comm, relu, gate=y, g=g)
+    leaf, leaf_residual = x.clone().requires_grad_(), residual.clone().requires_grad_()
+    expected = torch.relu(torch.nn.functional.batch_norm(leaf, None, None, training=True) + leaf_residual)
+    expected.backward(dy)
+    torch.testing.assert_close(y, expected.detach())
+    torch.testing.assert_close(dx, leaf.grad)
+    torch.testing.assert_close(g, leaf_residual.grad)
