@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from typing import Any, NoReturn
 
+from .comm.labels import Label
 from .kernels import PLAIN, Epilogue, is_refused
 from .kernels import Running as Running
 
@@ -35,6 +36,7 @@ def forward(
     epilogue: Epilogue = PLAIN,
     residual: Any = None,
     mask: Any = None,
+    label: Label | None = None,
 ) -> Any:
     """Normalises x by the mean and variance over the x of all ranks.
 
@@ -52,6 +54,7 @@ def forward(
         epilogue: the activation, and whether y overwrites x.
         residual: as x, or None.
         mask: (N, 1, *) bool, the valid positions, or None for all; not served yet.
+        label: which layer's call this is, for the communicator, or None.
 
     Returns:
         statistics, (2c + 1,) float64 = [mean | invstd | count] over all ranks.
@@ -68,7 +71,7 @@ def forward(
     is_float64 = x.dtype.itemsize == 8
     if is_float64:
         moments[-1] += _FLOAT64_MARK
-    comm.all_reduce(moments)
+    _all_reduce(moments, label, comm)
     center = None
     if is_float64:
         _check_count(float(moments[-1]) if getattr(moments, "is_cpu", True) else None, True, comm)
@@ -76,7 +79,7 @@ def forward(
         count = moments[-1] - _FLOAT64_MARK * comm.world_size
         center = moments[: x.shape[1]] / (count + (count == 0))
         moments = kernels.stats(x, center, mask)
-        comm.all_reduce(moments)
+        _all_reduce(moments, label, comm)
     count = kernels.normalise(x, moments, center, running, eps, weight, bias, y, epilogue, residual, mask)
     _check_count(count, False, comm)
     return moments
@@ -97,6 +100,7 @@ def backward(
     gate: Any = None,
     g: Any = None,
     mask: Any = None,
+    label: Label | None = None,
 ) -> None:
     """Differentiates forward.
 
@@ -106,7 +110,7 @@ def backward(
     Args:
         dy: as x, the gradient of this rank's y.
         dx: as x, dense: where the gradient of x goes.
-        x, weight, bias, kernels, comm, epilogue, mask: as given to forward; after in-place work, x is y.
+        x, weight, bias, kernels, comm, epilogue, mask, label: as given to forward; after in-place work, x is y.
         grad_weight, grad_bias: (c,) or None: where the gradients of weight and bias go, of this rank's elements alone,
             so that data-parallel training averages them like every other gradient.
         statistics: as forward returned them.
@@ -117,7 +121,7 @@ def backward(
         all_reduce of 2c float64. Every rank must call.
     """
     sums = kernels.backward_reduce(dy, x, statistics, weight, bias, grad_weight, grad_bias, epilogue, gate, g, mask)
-    comm.all_reduce(sums)
+    _all_reduce(sums, label, comm)
     if g is not None:  # it is dy after the activation
         dy, epilogue = g, epilogue._replace(activation="none")
     kernels.backward_elemt(dy, x, statistics, weight, bias, sums, dx, epilogue, mask)
@@ -148,7 +152,7 @@ def eval_backward(
     kernels.backward_elemt(dy, x, statistics, weight, None, no_sums, dx)
 
 
-def refuse(error: Exception, message: Any, comm: Any) -> NoReturn:
+def refuse(error: Exception, message: Any, comm: Any, label: Label | None = None) -> NoReturn:
     """Raises an error that this rank alone may have, after telling the others that it will not send its statistics.
 
     Forward's check of the count then raises on them too; backward, which sends no count, gives them gradients of NaN.
@@ -157,13 +161,14 @@ def refuse(error: Exception, message: Any, comm: Any) -> NoReturn:
         error: what is raised; that of a wrong argument says which rank it is.
         message: a float64 array as long as what the other ranks send, or None where that is not known.
         comm: the communicator.
+        label: which layer's call this is, for the communicator, or None.
 
     Collective:
         the first all_reduce of forward, or that of backward.
     """
     if message is not None:
         message[...] = float("nan")
-        comm.all_reduce(message)
+        _all_reduce(message, label, comm)
     if type(error) in (TypeError, ValueError):
         raise type(error)(f"{rank_prefix(comm)}{error}") from None
     raise error
@@ -172,6 +177,14 @@ def refuse(error: Exception, message: Any, comm: Any) -> NoReturn:
 def rank_prefix(comm: Any) -> str:
     """Returns what an error message starts with: `[rank 3/8] `, or nothing in a world of one."""
     return f"[rank {comm.rank}/{comm.world_size}] " if comm.world_size > 1 else ""
+
+
+def _all_reduce(buffer: Any, label: Label | None, comm: Any) -> None:
+    """Sums buffer over the ranks. Communicators of users' own may take no label."""
+    if label is None:
+        comm.all_reduce(buffer)
+    else:
+        comm.all_reduce(buffer, label)
 
 
 def _check_count(count: float | None, is_float64: bool, comm: Any) -> None:
