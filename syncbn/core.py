@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from typing import Any, NoReturn
 
+from .comm.labels import Label
 from .kernels import PLAIN, Epilogue, is_refused
 from .kernels import Running as Running
 
@@ -25,11 +26,11 @@ NOTHING = Running()  # to update
 _FLOAT64_MARK = 2.0**-20
 
 
-def reduce(x: Any, kernels: Any, comm: Any, mask: Any = None) -> tuple[Any, Any]:
+def reduce(x: Any, kernels: Any, comm: Any, mask: Any = None, label: Label | None = None) -> tuple[Any, Any]:
     """Sums the moments of x over all ranks: the first half of forward.
 
     Args:
-        x, kernels, comm, mask: as forward.
+        x, kernels, comm, mask, label: as forward.
 
     Returns:
         moments, (2c + 1,) float64 = [sum of x - center | sum of (x - center)^2 | count], and center, (c,) float64, or
@@ -41,7 +42,7 @@ def reduce(x: Any, kernels: Any, comm: Any, mask: Any = None) -> tuple[Any, Any]
     is_float64 = x.dtype.itemsize == 8
     if is_float64:
         moments[-1] += _FLOAT64_MARK
-    comm.all_reduce(moments)
+    _all_reduce(moments, label, comm)
     if not is_float64:
         return moments, None
     check_count(float(moments[-1]) if getattr(moments, "is_cpu", True) else None, comm, is_float64=True)
@@ -49,7 +50,7 @@ def reduce(x: Any, kernels: Any, comm: Any, mask: Any = None) -> tuple[Any, Any]
     count = moments[-1] - _FLOAT64_MARK * comm.world_size
     center = moments[: x.shape[1]] / (count + (count == 0))
     moments = kernels.stats(x, center, mask)
-    comm.all_reduce(moments)
+    _all_reduce(moments, label, comm)
     return moments, center
 
 
@@ -86,6 +87,7 @@ def forward(
     epilogue: Epilogue = PLAIN,
     residual: Any = None,
     mask: Any = None,
+    label: Label | None = None,
 ) -> Any:
     """Normalises x by the mean and variance over the x of all ranks.
 
@@ -103,6 +105,7 @@ def forward(
         epilogue: the activation, and whether y overwrites x.
         residual: as x, or None.
         mask: (N, 1, *) bool, the valid positions, or None for all; not served yet.
+        label: which layer's call this is, for the communicator, or None.
 
     Returns:
         statistics, (2c + 1,) float64 = [mean | invstd | count] over all ranks.
@@ -115,7 +118,7 @@ def forward(
             would stall the device, y is then `bias`). Nothing is written to y, nor to the running statistics.
         RuntimeError: another rank refused its input, or float64 input on some ranks only. As ValueError.
     """
-    moments, center = reduce(x, kernels, comm, mask)
+    moments, center = reduce(x, kernels, comm, mask, label)
     return normalise(x, y, weight, bias, running, eps, kernels, comm, moments, center, epilogue, residual, mask)
 
 
@@ -133,10 +136,11 @@ def backward_reduce(
     gate: Any = None,
     g: Any = None,
     mask: Any = None,
+    label: Label | None = None,
 ) -> Any:
     """Sums over all ranks what the gradient of x needs: the first half of backward. Returns its (2c,) float64."""
     sums = kernels.backward_reduce(dy, x, statistics, weight, bias, grad_weight, grad_bias, epilogue, gate, g, mask)
-    comm.all_reduce(sums)
+    _all_reduce(sums, label, comm)
     return sums
 
 
@@ -155,6 +159,7 @@ def backward(
     gate: Any = None,
     g: Any = None,
     mask: Any = None,
+    label: Label | None = None,
 ) -> None:
     """Differentiates forward.
 
@@ -164,7 +169,7 @@ def backward(
     Args:
         dy: as x, the gradient of this rank's y.
         dx: as x, dense: where the gradient of x goes.
-        x, weight, bias, kernels, comm, epilogue, mask: as given to forward; after in-place work, x is y.
+        x, weight, bias, kernels, comm, epilogue, mask, label: as given to forward; after in-place work, x is y.
         grad_weight, grad_bias: (c,) or None: where the gradients of weight and bias go, of this rank's elements alone,
             so that data-parallel training averages them like every other gradient.
         statistics: as forward returned them.
@@ -175,7 +180,7 @@ def backward(
         all_reduce of 2c float64. Every rank must call.
     """
     arrays = dy, x, weight, bias, grad_weight, grad_bias, statistics
-    sums = backward_reduce(*arrays, kernels, comm, epilogue, gate, g, mask)
+    sums = backward_reduce(*arrays, kernels, comm, epilogue, gate, g, mask, label)
     if g is not None:  # it is dy after the activation
         dy, epilogue = g, epilogue._replace(activation="none")
     kernels.backward_elemt(dy, x, statistics, weight, bias, sums, dx, epilogue, mask)
@@ -206,7 +211,7 @@ def eval_backward(
     kernels.backward_elemt(dy, x, statistics, weight, None, no_sums, dx)
 
 
-def refuse(error: Exception, message: Any, comm: Any) -> NoReturn:
+def refuse(error: Exception, message: Any, comm: Any, label: Label | None = None) -> NoReturn:
     """Raises an error that this rank alone may have, after telling the others that it will not send its statistics.
 
     Forward's check of the count then raises on them too; backward, which sends no count, gives them gradients of NaN.
@@ -215,13 +220,14 @@ def refuse(error: Exception, message: Any, comm: Any) -> NoReturn:
         error: what is raised; that of a wrong argument says which rank it is.
         message: a float64 array as long as what the other ranks send, or None where that is not known.
         comm: the communicator.
+        label: which layer's call this is, for the communicator, or None.
 
     Collective:
         the first all_reduce of forward, or that of backward.
     """
     if message is not None:
         message[...] = float("nan")
-        comm.all_reduce(message)
+        _all_reduce(message, label, comm)
     if type(error) in (TypeError, ValueError):
         raise type(error)(f"{rank_prefix(comm)}{error}") from None
     raise error
@@ -230,6 +236,14 @@ def refuse(error: Exception, message: Any, comm: Any) -> NoReturn:
 def rank_prefix(comm: Any) -> str:
     """Returns what an error message starts with: `[rank 3/8] `, or nothing in a world of one."""
     return f"[rank {comm.rank}/{comm.world_size}] " if comm.world_size > 1 else ""
+
+
+def _all_reduce(buffer: Any, label: Label | None, comm: Any) -> None:
+    """Sums buffer over the ranks. Communicators of users' own may take no label."""
+    if label is None:
+        comm.all_reduce(buffer)
+    else:
+        comm.all_reduce(buffer, label)
 
 
 def check_count(count: float | None, comm: Any, is_float64: bool = False) -> None:

@@ -33,15 +33,17 @@ _processes.set_forkserver_preload(["torch", "torch.distributed", "torch.nn.paral
 
 
 class ThreadCommunicator:
-    """A syncbn.comm.Communicator between threads: sums in the order of the ranks, and counts its messages."""
+    """A syncbn.comm.Communicator between threads: sums in the order of the ranks, and keeps what it was asked for."""
 
     def __init__(self, rank: int, buffers: list[Any], barrier: threading.Barrier) -> None:
         self.rank, self.world_size = rank, len(buffers)
         self.messages: list[tuple[torch.dtype | str, int]] = []
+        self.labels: list[Any] = []
         self._buffers, self._barrier = buffers, barrier
 
-    def all_reduce(self, buffer: Any) -> None:
+    def all_reduce(self, buffer: Any, label: Any = None) -> None:
         self.messages.append((buffer.dtype, len(buffer)))
+        self.labels.append(label)
         self._buffers[self.rank] = buffer
         self._barrier.wait()
         lengths = {len(b) for b in self._buffers}

@@ -1,18 +1,18 @@
-"""What core asks of kernels and communicators beside the numbers: counts, and the running statistics."""
-
-import importlib
+"""What core asks of kernels and communicators beside the numbers: labels, counts, and the running statistics."""
 
 import numpy as np
 import pytest
 import torch
+from ranks import run_ranks
 
+import syncbn
 from syncbn import core
-from syncbn.comm import LocalCommunicator
-from syncbn.kernels import Epilogue, Running, select
+from syncbn.comm import Communicator, Label, LocalCommunicator
+from syncbn.kernels import Epilogue, Running, available, select
 
 
 class OnlyBuffers:
-    """A communicator that keeps what it was asked for."""
+    """A communicator of a user's own, from before there were labels."""
 
     rank, world_size = 0, 1
 
@@ -29,8 +29,53 @@ class Scaling(LocalCommunicator):
     def __init__(self, factor):
         self.factor = factor
 
-    def all_reduce(self, buffer):
+    def all_reduce(self, buffer, label=None):  # noqa: ARG002
         buffer *= self.factor
+
+
+def step(x, comm, label=None):
+    """Forward and backward of core on one rank's x."""
+    y, dx, kernels = x * 0, x * 0, select(x)
+    statistics = core.forward(x, y, None, None, Running(), 1e-5, kernels, comm, label=label)
+    core.backward(y, x, dx, None, None, None, None, statistics, kernels, comm, label=label)
+    return y, dx
+
+
+def _labelled(rank, comm, dtype):
+    x = np.random.default_rng(rank).standard_normal((4, 3, 2)).astype(dtype)
+    labels = Label("layer1.bn", "forward", 7), Label("layer1.bn", "backward", 7)
+    y = x * 0
+    statistics = core.forward(x, y, None, None, Running(), 1e-5, select(x), comm, label=labels[0])
+    core.backward(y, x, x * 0, None, None, None, None, statistics, select(x), comm, label=labels[1])
+    assert set(comm.labels) == set(labels)
+    return [label.direction for label in comm.labels]
+
+
+@pytest.mark.parametrize(("dtype", "forward"), [("float32", 1), ("float64", 2)])
+def test_communicators_get_the_label_of_each_message(dtype, forward):
+    assert run_ranks(_labelled, 2, "thread", dtype) == [[*["forward"] * forward, "backward"]] * 2
+
+
+def _refused(rank, comm):
+    label = Label("layer1.bn", "forward", 0)
+    with pytest.raises(KeyError):
+        core.refuse(KeyError("mine"), np.empty(7), comm, label)
+    return comm.labels == [label]
+
+
+def test_a_refusal_is_labelled_too():
+    assert run_ranks(_refused, 2, "thread") == [True, True]
+
+
+def test_a_communicator_without_labels_serves():
+    comm = OnlyBuffers()
+    assert isinstance(comm, Communicator)
+    step(torch.randn(4, 3, 2), comm)
+    assert comm.lengths == [7, 6]
+    syncbn.SyncBatchNorm(3, process_group=comm)(torch.randn(4, 3, 2))
+    assert comm.lengths == [7, 6, 7]
+    with pytest.raises(TypeError, match="positional argument"):
+        step(torch.randn(4, 3, 2), comm, Label("bn", "forward", 0))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -54,9 +99,9 @@ def test_no_mask_is_taken_before_a_message_is_sent():
     assert comm.lengths == []
 
 
-@pytest.mark.parametrize("name", ["cpu", "reference", "aten"])
+@pytest.mark.parametrize("name", [implementation.name for implementation in available()])
 def test_evaluation_works_with_exactly_the_running_statistics(name):
-    kernels = importlib.import_module(f"syncbn.kernels.{name}")
+    (kernels,) = (implementation.module for implementation in available() if implementation.name == name)
     mean, var = np.array([0.1, -3e30, 0.0], np.float32), np.array([0.3, 2e38, 0.0], np.float32)
     arrays = np.ones((2, 3, 4), np.float32), np.ones((2, 3, 4), np.float32), mean, var
     x, y, *buffers = map(torch.from_numpy, arrays) if name == "aten" else arrays

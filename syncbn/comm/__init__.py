@@ -17,12 +17,15 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakValueDictionary
 
+from .labels import Label as Label
 from .local import LocalCommunicator as LocalCommunicator
 
 
 @runtime_checkable
 class Communicator(Protocol):
     """Ranks that normalise together. An object of one's own with these members serves as `process_group`.
+
+    Its all_reduce may lack `label`: a label is passed only where a layer was given one.
 
     Attributes:
         rank: this process's number in the group, from 0.
@@ -35,12 +38,13 @@ class Communicator(Protocol):
     @property
     def world_size(self) -> int: ...
 
-    def all_reduce(self, buffer: Any) -> None:
+    def all_reduce(self, buffer: Any, label: Label | None = None) -> None:
         """Replaces buffer by its sum over all ranks, in place, with the same bits on every rank.
 
         Args:
             buffer: contiguous, one-dimensional, float64, of the same length on every rank: a torch tensor on the
                 input's device from the torch layers, an ndarray from the NumPy layer. What is returned is ignored.
+            label: which layer's message this is, for reports, or None.
 
         Collective:
             every rank must call, in the same order.
@@ -187,7 +191,7 @@ class _LostGroup:
     rank = 0
     world_size = 1
 
-    def all_reduce(self, _: Any) -> None:
+    def all_reduce(self, _: Any, label: Label | None = None) -> None:  # noqa: ARG002
         raise RuntimeError(
             "expected a process group; got a layer that was pickled with one, which no pickle can hold: set "
             "layer.process_group (None for the default group; of a NumPy layer, layer.comm) before training it"

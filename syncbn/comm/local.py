@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .labels import Label
+
 
 class LocalCommunicator:
     """This process alone. As `process_group` it keeps a layer's statistics local, in a distributed run too."""
@@ -11,5 +13,5 @@ class LocalCommunicator:
     rank = 0
     world_size = 1
 
-    def all_reduce(self, buffer: Any) -> None:
+    def all_reduce(self, buffer: Any, label: Label | None = None) -> None:
         """Leaves buffer as it is: the sum over one rank."""

@@ -10,6 +10,7 @@ from typing import Any
 from mpi4py import MPI
 
 from ..launcher import Launch, LaunchError, read_environment
+from .labels import Label
 from .local import LocalCommunicator
 
 _IN_PLACE, _DOUBLE, _memory = MPI.IN_PLACE, MPI.DOUBLE, MPI.buffer.fromaddress
@@ -46,7 +47,7 @@ class MPICommunicator:
         self.world_size: int = comm.Get_size()
         self._main_thread_only = MPI.Query_thread() < MPI.THREAD_SERIALIZED
 
-    def all_reduce(self, buffer: Any) -> None:
+    def all_reduce(self, buffer: Any, label: Label | None = None) -> None:  # noqa: ARG002
         """Sums buffer, a tensor or an ndarray, over the ranks, in place in its own memory. See Communicator.
 
         So is a CUDA or ROCm tensor where the library says that it is GPU-aware (see gpu_aware): after the kernels that

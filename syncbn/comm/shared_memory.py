@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import native
+from .labels import Label
 
 NOTE_BYTES = 64  # of what join has exchanged
 _FOLDER = Path("/dev/shm")  # Linux's memory by name; ranks in containers that do not share it cannot share memory
@@ -84,7 +85,7 @@ class SharedMemory:
             self._memory.close()
         self._file = -1
 
-    def all_reduce(self, address: int, length: int) -> None:
+    def all_reduce(self, address: int, length: int, label: Label | None = None) -> None:  # noqa: ARG002
         """Sums a vector over the ranks, in place, added in their order, so that all ranks get the same bits.
 
         Args:

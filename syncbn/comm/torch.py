@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..launcher import LaunchError, read_environment
+from .labels import Label
 from .local import LocalCommunicator
 from .shared_memory import NOTE_BYTES, SharedMemory, join
 
@@ -41,7 +42,7 @@ class TorchCommunicator:
     def world_size(self) -> int:
         return self.group.size()
 
-    def all_reduce(self, buffer: Any) -> None:
+    def all_reduce(self, buffer: Any, label: Label | None = None) -> None:  # noqa: ARG002
         """Sums buffer, a tensor or an ndarray, over the group, in place. See Communicator.
 
         Between the processes of one machine that would send over Gloo in memory that they share; see SharedMemory for
