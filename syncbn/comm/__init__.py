@@ -79,6 +79,18 @@ def as_communicator(group: Any, argument: str = "process_group") -> Communicator
     )
 
 
+def shared_memory_of(comm: Communicator) -> Any:
+    """Returns the SharedMemory in which a communicator sums CPU tensors, or None where it does otherwise.
+
+    Collective:
+        at the first sum of a group, as all_reduce.
+    """
+    torch_module = sys.modules.get(f"{__name__}.torch")
+    if torch_module is None or type(comm) is not torch_module.TorchCommunicator:
+        return None
+    return comm.shared_memory()  # type: ignore[attr-defined]
+
+
 class Group(Protocol):
     """A group, by object and by name.
 
@@ -113,7 +125,8 @@ class GroupHandle:
     def communicator(self, argument: str = "process_group") -> Communicator:
         """Returns as_communicator(group, argument); for a group other than None it is found once."""
         if self.group is None:
-            return as_communicator(None)
+            of_torch = _functions.get("torch.distributed")  # the shortest way, for every call of a layer comes here
+            return as_communicator(None) if of_torch is None else of_torch(None) or LocalCommunicator()
         if self._communicator is None:
             self._communicator = as_communicator(self.group, argument)
         return self._communicator
@@ -174,7 +187,7 @@ def communicator_named(name: str) -> Communicator:
 
 
 def _named_by_torch(name: str) -> Any:
-    from torch.distributed.distributed_c10d import _resolve_process_group
+    from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
     try:
         return _resolve_process_group(name.removeprefix("pg:"))  # type: ignore[arg-type]

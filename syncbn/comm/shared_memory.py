@@ -14,8 +14,8 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,20 @@ def absence() -> str:
     return "" if os.access(_FOLDER, os.W_OK) else f"{_FOLDER} is not there, or not to be written to"
 
 
+class _DirectSum(ctypes.Structure):
+    """What csrc/torch_operators.cpp needs to sum by itself: its SharedSum."""
+
+    _fields_ = (
+        ("sum", ctypes.c_void_p),
+        ("memory", ctypes.c_void_p),
+        ("rank", ctypes.c_long),
+        ("world_size", ctypes.c_long),
+        ("progress", ctypes.c_void_p),
+        ("microseconds", ctypes.c_long),
+        ("result", ctypes.c_long),
+    )
+
+
 class SharedMemory:
     """Ranks on one machine. Made by join.
 
@@ -71,6 +85,14 @@ class SharedMemory:
         self._memory = mmap.mmap(file, 0)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self._progress = (ctypes.c_long * 2)()
+        self._direct = _DirectSum(
+            ctypes.cast(_library.syncbn_shared_sum, ctypes.c_void_p),
+            self._address,
+            rank,
+            world_size,
+            ctypes.addressof(self._progress),
+            _LOOK_MICROSECONDS,
+        )
         self._failure: str | None = None
         self._lock = threading.Lock()
         self._file = file
@@ -97,6 +119,15 @@ class SharedMemory:
                 possible any more; or ranks came with vectors of different lengths, on each of them; or this process is
                 a fork of the one that joined.
         """
+        with self.direct():
+            self._sum(address, length, self._try(address, length, _LOOK_MICROSECONDS))
+
+    @contextmanager
+    def direct(self) -> Iterator[int]:
+        """Within it one sum can be made, by an operator in C++ that is given the address that this yields.
+
+        If the operator says that the ranks have not all come, go_on must follow. Raises as all_reduce.
+        """
         if self._file < 0:
             raise self._error(
                 "the process that joined the group to use it",
@@ -108,15 +139,19 @@ class SharedMemory:
                 raise self._error("a group whose ranks are all there", self._failure, "start all ranks again")
             self._failure = "one in which this rank's last sum was broken off"  # an interrupt may do so at any line
             try:
-                self._sum(address, length)
+                yield ctypes.addressof(self._direct)
+                self._failure = None
             finally:
                 if self._failure:
                     _library.syncbn_shared_unlock(self._file, self.rank)  # the others need not wait for this rank
 
-    def _sum(self, address: int, length: int) -> None:
-        """Sums, and sets _failure to None where further sums are possible."""
+    def go_on(self, buffer: Any) -> None:
+        """Goes on with a sum that an operator has begun, of a tensor. Raises as all_reduce."""
+        self._sum(buffer.data_ptr(), buffer.numel(), self._missing(self._direct.result, buffer.numel()))
+
+    def _sum(self, address: int, length: int, missing: int | None) -> None:
+        """Waits for the ranks, `missing` first, and sums; sets _failure to None where further sums are possible."""
         start = time.monotonic()
-        missing = self._try(address, length, _LOOK_MICROSECONDS)
         while missing is not None:
             # Looked at before the last try: what a rank has sent it has sent, though it may have left since.
             is_there = _library.syncbn_shared_is_locked(self._file, missing)
@@ -147,9 +182,13 @@ class SharedMemory:
         missing: int = _library.syncbn_shared_sum(
             self._address, self.rank, self.world_size, address, length, self._progress, microseconds
         )
-        if missing == -2:
+        return self._missing(missing, length)
+
+    def _missing(self, result: int, length: int) -> int | None:
+        """Returns what _try returns, of the library's result."""
+        if result == -2:
             raise self._lengths_error(length)
-        return None if missing == -1 else missing
+        return None if result == -1 else result
 
     def _lengths_error(self, length: int) -> RuntimeError:
         other, theirs = self._progress

@@ -63,7 +63,7 @@ class TorchCommunicator:
             dense = tensor.contiguous()
             self.all_reduce(dense)
             tensor.copy_(dense)
-        elif memory := self._shared_memory():
+        elif memory := self.shared_memory():
             memory.all_reduce(tensor.data_ptr(), tensor.numel())
         elif _sends_over_gloo(self.group):
             self._sum_gathered(tensor)
@@ -75,7 +75,8 @@ class TorchCommunicator:
         """Whether the last sums of CPU tensors were made in shared memory."""
         return _shared.get(self.group) is not None
 
-    def _shared_memory(self) -> SharedMemory | None:
+    def shared_memory(self) -> SharedMemory | None:
+        """Returns the memory in which CPU tensors are summed, or None; made at the first call, by all ranks."""
         memory: SharedMemory | None = _shared.get(self.group, _UNKNOWN)
         if memory is _UNKNOWN:
             memory = _shared[self.group] = self._join() if _sends_over_gloo(self.group) else None

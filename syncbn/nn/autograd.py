@@ -7,7 +7,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..kernels import PLAIN
 from . import differentiable
+
+_functorch: Any = torch._C._functorch
 
 
 class Call(differentiable.Call, Protocol):
@@ -25,7 +28,7 @@ class Call(differentiable.Call, Protocol):
         """Returns the result, in place the input, and the statistics. See core.forward."""
 
     def backward(self, ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Returns the gradients of input, weight, bias and residual. See core.backward."""
+        """Returns the gradients of input, weight, bias and residual, and None. See core.backward."""
 
 
 class BatchStatsNorm(torch.autograd.Function):
@@ -41,28 +44,35 @@ class BatchStatsNorm(torch.autograd.Function):
         call: Call,
     ) -> Tensor:
         output, statistics = call.forward(input, weight, bias, residual)
-        activation, in_place = call.epilogue.activation, call.epilogue.in_place
-        if in_place:
-            ctx.mark_dirty(input)
-        # What backward needs beside x to tell the activation's derivative. y is of use to others too, and often kept.
-        gate = None
-        if residual is not None and activation != "none":
-            gate = residual if activation == "silu" else output
-        ctx.save_for_backward(input, weight, bias if activation != "none" or in_place else None, gate, statistics)
+        if call.epilogue is PLAIN:
+            ctx.save_for_backward(input, weight, None, None, statistics)
+        else:
+            activation, in_place = call.epilogue.activation, call.epilogue.in_place
+            if in_place:
+                ctx.mark_dirty(input)
+            # What backward needs beside x to tell the activation's derivative. y is of use to others too, and often
+            # kept.
+            gate = None
+            if residual is not None and activation != "none":
+                gate = residual if activation == "silu" else output
+            ctx.save_for_backward(input, weight, bias if activation != "none" or in_place else None, gate, statistics)
+        ctx.set_materialize_grads(False)
         ctx.call, ctx.has_residual = call, residual is not None
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.set_materialize_grads(False)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
-        call = ctx.call
+        call: Call = ctx.call
         if torch.compiler.is_compiling():  # compiled autograd traces this
-            call = call.traced()
-        elif torch.is_grad_enabled() or _is_transformed(grad_output):
+            return call.traced().backward(ctx, grad_output)
+        if torch.is_grad_enabled() or is_transformed(grad_output):
             return _differentiable_backward(ctx, grad_output)
-        gradients: tuple[Tensor | None, ...] = (*call.backward(ctx, grad_output), None)
-        return gradients
+        return call.backward(ctx, grad_output)
+
+
+# Without the look for torch.func of Function.apply, for callers that have looked already.
+apply_plain: Any = super(torch.autograd.Function, BatchStatsNorm).apply
 
 
 def _differentiable_backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -82,10 +92,8 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tens
     return dx, None if weight is None else dw, None if bias is None else db, dz if ctx.has_residual else None, None
 
 
-def _is_transformed(grad_output: Tensor | None) -> bool:
+def is_transformed(grad_output: Tensor | None) -> bool:
     """Whether functorch computes with several gradients at once, or differentiates."""
-    functorch = torch._C._functorch
-    return functorch.peek_interpreter_stack() is not None or (
-        grad_output is not None
-        and (functorch.is_legacy_batchedtensor(grad_output) or functorch.is_functorch_wrapped_tensor(grad_output))
-    )
+    if _functorch.peek_interpreter_stack() is not None:
+        return True
+    return grad_output is not None and _functorch.is_legacy_batchedtensor(grad_output)

@@ -139,14 +139,19 @@ def check_residual(residual: Tensor, input: Tensor, epilogue: Epilogue) -> None:
         )
 
 
+def channels_of(input: Any) -> int:
+    """Returns the number of channels of a batch, or 0 of what is none."""
+    return input.shape[1] if isinstance(input, Tensor) and not input.is_nested and input.dim() > 1 else 0
+
+
 def forward_message(input: Any, num_features: int, weight: Any, bias: Any, running: Running) -> Tensor | None:
     """Returns what the other ranks send, as far as the arguments tell: most of them, for one is wrong."""
     tensors = [v for v in (weight, bias, running.mean, running.var, input) if isinstance(v, Tensor)]
     channels = [v.shape[0] for v in tensors if v.dim() == 1 and v is not input]
     if isinstance(num_features, int) and num_features > 0:
         channels.append(num_features)
-    if isinstance(input, Tensor) and not input.is_nested and input.dim() > 1:
-        channels.append(input.shape[1])
+    if channels_of(input):
+        channels.append(channels_of(input))
     devices = [v.device for v in tensors if v.device.type != "meta"]
     if not channels:
         return None

@@ -24,24 +24,33 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import core
 from ..comm import Group
 from ..core import Running
 from ..kernels import PLAIN, Epilogue
 from ..layout import layout_of
-from . import differentiable
-from .autograd import BatchStatsNorm
-from .checks import check_batch, check_forward, forward_message
+from . import differentiable, fused
+from .autograd import apply_plain
+from .checks import channels_of, check_batch
 from .eager import EagerCall
 from .operators import TracedCall
 
 _C, _functorch = torch._C, torch._C._functorch
+_unpack_dual: Any = forward_ad.unpack_dual
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter, type(None))
 
 
-def is_plain(*tensors: Any) -> bool:
+def is_plain(input: Any, weight: Any, bias: Any, residual: Any = None) -> bool:
     """Whether nothing but eager mode looks at these tensors, so that kernels may work on their memory."""
-    return not is_transformed(*tensors) and not is_traced(*tensors)
+    return (
+        _C._len_torch_dispatch_stack() == 0
+        and _functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+        and _C._get_tracing_state() is None
+        and (type(input) in _PLAIN_TYPES or not _is_wrapper(input))
+        and type(weight) in _PLAIN_TYPES
+        and type(bias) in _PLAIN_TYPES
+        and type(residual) in _PLAIN_TYPES
+    )
 
 
 def is_transformed(*tensors: Any) -> bool:
@@ -49,7 +58,7 @@ def is_transformed(*tensors: Any) -> bool:
     if _functorch.peek_interpreter_stack() is not None:
         return True
     return forward_ad._current_level >= 0 and any(
-        isinstance(v, Tensor) and forward_ad.unpack_dual(v).tangent is not None for v in tensors
+        isinstance(v, Tensor) and _unpack_dual(v).tangent is not None for v in tensors
     )
 
 
@@ -93,22 +102,24 @@ def batch_stats_norm(
     """
     if torch.compiler.is_compiling():  # alone, so that torch.compile sees no more than it can trace
         return TracedCall(running, eps, group.name, epilogue).norm(input, num_features, weight, bias, residual)
-    tensors = input, weight, bias, residual
-    traced = is_traced(*tensors)
-    if is_transformed(*tensors):
-        running = Running.of(*running)
-        call = TracedCall(running, eps, group.name, epilogue) if traced else EagerCall(running, eps, group, epilogue)
-        return differentiable.batch_stats_norm(input, running, weight, bias, residual, call)
-    if traced:
-        return TracedCall(running, eps, group.name, epilogue).norm(input, num_features, weight, bias, residual)
-    comm = group.communicator()
-    try:
-        check_forward(input, num_features, running, weight, bias, eps, epilogue, residual)
-    except Exception as error:
-        core.refuse(error, forward_message(input, num_features, weight, bias, running), comm)
-    call = EagerCall(Running.of(*running), eps, group, epilogue)
-    y: Tensor = BatchStatsNorm.apply(input, weight, bias, residual, call)  # type: ignore[no-untyped-call]
-    return y
+    if not is_plain(input, weight, bias, residual):
+        tensors = input, weight, bias, residual
+        traced = TracedCall(running, eps, group.name, epilogue) if is_traced(*tensors) else None
+        if is_transformed(*tensors):
+            running = Running.of(*running)
+            call = traced or EagerCall(num_features, running, eps, group, epilogue)
+            return differentiable.batch_stats_norm(input, running, weight, bias, residual, call)
+        if traced is not None:
+            return traced.norm(input, num_features, weight, bias, residual)
+    else:
+        channels = num_features or channels_of(input)
+        y = fused.normalise(input, channels, *running, weight, bias, eps, group, epilogue, residual)
+        if y is not None:
+            return y
+    call = EagerCall(num_features, running, eps, group, epilogue)
+    call.check(input, weight, bias, residual)
+    call.num_features = input.shape[1]
+    return apply_plain(input, weight, bias, residual, call)  # type: ignore[no-any-return]
 
 
 def running_stats_norm(
@@ -124,7 +135,7 @@ def running_stats_norm(
         raise ValueError(
             "expected running_mean and running_var when not training; got None: pass them, or training=True"
         )
-    is_eager = is_plain(input, running_mean, running_var, weight, bias)
+    is_eager = is_plain(input, weight, bias)
     if is_eager:
         check_batch(input, 0, Running(running_mean, running_var), weight, bias, eps)
     if any(v is not None and v.dtype != input.dtype for v in (running_mean, running_var, weight, bias)):
@@ -140,10 +151,11 @@ def running_stats_norm(
     # Of parameters with gaps torch's gradient of the input is wrong, ...
     weight, bias = (None if v is None else v.contiguous() for v in (weight, bias))
     y = F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
-    if y.requires_grad and y.is_cpu:
-        # ... and so it is for a gradient of another order of axes than the input's, where N or a spatial size is 1.
+    if input.dim() > 3 and 1 in input.shape[::2] + input.shape[3::2] and y.requires_grad and y.is_cpu:
+        # ... and so it is, where N or a spatial size is 1, for a gradient of another order of axes than the input's.
         layout = layout_of(input)
-        y.register_hook(lambda dy: None if dy.stride() == layout.strides else _in_layout(layout, dy))
+        hook: Any = y.register_hook
+        hook(lambda dy: None if dy.stride() == layout.strides else _in_layout(layout, dy))
     return y
 
 

@@ -9,26 +9,30 @@ from torch import Tensor
 
 from .. import core
 from ..comm import Communicator, Group
-from ..core import Running
+from ..core import NOTHING, Running
 from ..kernels import Epilogue, empty, select
 from ..layout import layout_of
-from .checks import backward_message, check_memory
+from .checks import backward_message, check_forward, check_memory, forward_message
 from .operators import TracedCall
 from .recomputation import is_recomputing, reduce
+
+_strided = torch.strided
 
 
 class EagerCall:
     """See autograd.Call.
 
     Args:
-        running: what is updated.
+        num_features: C where no vector says it; 0 where the input does.
+        running: what is updated; its momentum may be None, for the cumulative average.
         eps: added to the variance.
         group: the group.
         epilogue: the activation, and whether the result overwrites the input.
     """
 
-    def __init__(self, running: Running, eps: float, group: Group, epilogue: Epilogue) -> None:
-        self.running, self.eps, self.group, self.epilogue = running, eps, group, epilogue
+    def __init__(self, num_features: int, running: Running, eps: float, group: Group, epilogue: Epilogue) -> None:
+        self.num_features, self.running, self.eps = num_features, running, eps
+        self.group, self.epilogue = group, epilogue
         self.comm = group.communicator()  # that of forward serves backward, too
 
     def communicator(self) -> Communicator:
@@ -42,17 +46,22 @@ class EagerCall:
     def traced(self) -> TracedCall:
         return TracedCall(self.running, self.eps, self.group.name, self.epilogue)
 
+    def check(self, input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> None:
+        """Refuses what cannot be computed, on all ranks together. To be called in the caller's own mode of autograd."""
+        try:
+            check_forward(input, self.num_features, self.running, weight, bias, self.eps, self.epilogue, residual)
+        except Exception as error:
+            core.refuse(error, forward_message(input, self.num_features, weight, bias, self.running), self.comm)
+
     def forward(
         self, input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        layout, epilogue = layout_of(input), self.epilogue
-        self.layout, self.kernels = layout, select(input)
+        running = NOTHING if is_recomputing() else Running.of(*self.running)
+        layout, kernels, comm, epilogue = layout_of(input), select(input), self.comm, self.epilogue
         # In place in memory with gaps, or in that of the negative, the result is copied there.
         in_place = epilogue.in_place and input.stride() == layout.strides and not input.is_neg()
         output = input if in_place else empty(layout, input)
-        kernels, comm = self.kernels, self.comm
         moments, center = reduce(input, kernels, comm)
-        running = core.NOTHING if is_recomputing() else self.running
         statistics = core.normalise(
             input, output, weight, bias, running, self.eps, kernels, comm, moments, center, epilogue, residual
         )
@@ -61,22 +70,24 @@ class EagerCall:
         return output, statistics
 
     def backward(self, ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
-        layout, kernels, comm, epilogue = self.layout, self.kernels, self.comm, self.epilogue
         # The sums are sent whatever this rank needs, for another may need what this one does not.
         try:
             input, weight, bias, gate, statistics = ctx.saved_tensors  # raises where one was modified in place
             if grad_output is None or grad_output._is_zerotensor():
                 grad_output = torch.zeros_like(input)
-            check_memory("a gradient", grad_output)
+            elif type(grad_output) is not Tensor or grad_output.layout is not _strided:
+                check_memory("a gradient", grad_output)
         except Exception as error:
-            core.refuse(error, backward_message(layout.shape[1], grad_output), comm)
+            core.refuse(error, backward_message(self.num_features, grad_output), self.comm)
+        layout, kernels = layout_of(input), select(input)
         dx = empty(layout, input)
         c, one = (layout.shape[1],), (1,)
         grad_weight = None if weight is None else weight.new_empty_strided(c, one)
         grad_bias = None if ctx.bias_dtype is None else statistics.new_empty_strided(c, one, dtype=ctx.bias_dtype)
         g = None if gate is None else empty(layout, input)
         core.backward(
-            grad_output, input, dx, weight, bias, grad_weight, grad_bias, statistics, kernels, comm, epilogue, gate, g
-        )
+            grad_output, input, dx, weight, bias, grad_weight, grad_bias, statistics, kernels, self.comm, self.epilogue,
+            gate, g,
+        )  # fmt: skip
         grad_residual = grad_output if ctx.has_residual and g is None else g
-        return dx, grad_weight, grad_bias, grad_residual
+        return dx, grad_weight, grad_bias, grad_residual, None

@@ -11,17 +11,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..comm import GroupHandle, LocalCommunicator
 from ..core import NOTHING, Running, refuse
 from ..kernels import PLAIN, Epilogue, check_epilogue
-from . import wrappers
+from . import fused, wrappers
 from .checks import check_residual, forward_message
 from .differentiable import activate
-from .dispatch import batch_stats_norm, is_plain, running_stats_norm
+from .dispatch import batch_stats_norm, is_traced, is_transformed, running_stats_norm
 
+_is_compiling = torch.compiler.is_compiling
 _LOCAL = GroupHandle(LocalCommunicator())
-
-
-def _own(layer: nn.Module, registered: dict[str, Any], name: str) -> Any:
-    """Returns layer.name: where it is registered, as ever, without the 2 us of nn.Module's look-up of attributes."""
-    return registered[name] if name in registered else getattr(layer, name)
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -98,8 +94,30 @@ class SyncBatchNorm(_BatchNorm):
 
     def _normalise(self, input: Tensor, epilogue: Epilogue = PLAIN, residual: Tensor | None = None) -> Tensor:
         """Returns activation(normalised + residual)."""
+        parameters, buffers = self._parameters, self._buffers
+        if self.training and self.track_running_stats and not _is_compiling():
+            try:  # the usual case, without anything in between
+                y = fused.normalise(
+                    input,
+                    self.num_features,
+                    buffers["running_mean"],
+                    buffers["running_var"],
+                    buffers["num_batches_tracked"],
+                    self.momentum,
+                    parameters["weight"],
+                    parameters["bias"],
+                    self.eps,
+                    self._syncbn_group,
+                    epilogue,
+                    residual,
+                )
+            except KeyError:
+                y = None
+            if y is not None:
+                return y
         if not wrappers.are_tensors(input, residual):
-            return wrappers.normalise(self, input, epilogue, residual)
+            result: Tensor = wrappers.normalise(self, input, epilogue, residual)
+            return result
         return self._normalise_tensors(input, epilogue, residual)
 
     def _normalise_tensors(self, input: Tensor, epilogue: Epilogue, residual: Tensor | None) -> Tensor:
@@ -113,16 +131,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def _vectors(self) -> tuple[Tensor | None, ...]:
         """Returns weight, bias, running_mean, running_var and num_batches_tracked."""
-        if torch.compiler.is_compiling():
-            return self.weight, self.bias, self.running_mean, self.running_var, self.num_batches_tracked
-        parameters, buffers = self._parameters, self._buffers
-        return (
-            _own(self, parameters, "weight"),
-            _own(self, parameters, "bias"),
-            _own(self, buffers, "running_mean"),
-            _own(self, buffers, "running_var"),
-            _own(self, buffers, "num_batches_tracked"),
-        )
+        return self.weight, self.bias, self.running_mean, self.running_var, self.num_batches_tracked
 
     def _apply_to(
         self,
@@ -132,16 +141,16 @@ class SyncBatchNorm(_BatchNorm):
         epilogue: Epilogue,
         residual: Tensor | None,
     ) -> Tensor:
-        weight, bias, *running = vectors
+        weight, bias, mean, var, batches = vectors
         if not self.training and epilogue is not PLAIN:
             check_epilogue(epilogue)
-            if residual is not None and is_plain(input, residual):
+            if residual is not None and not is_traced(input, residual) and not is_transformed(input, residual):
                 check_residual(residual, input, epilogue)
             epilogue = epilogue._replace(in_place=False)
-        if not self.training and running[0] is not None:
-            y = running_stats_norm(input, running[0], running[1], weight, bias, self.eps)
+        if not self.training and mean is not None:
+            y = running_stats_norm(input, mean, var, weight, bias, self.eps)
             return y if epilogue is PLAIN else activate(y, epilogue, residual, inplace=True)
-        updated = Running(*running, self.momentum) if self.training and self.track_running_stats else NOTHING
+        updated = Running(mean, var, batches, self.momentum) if self.training and self.track_running_stats else NOTHING
         return batch_stats_norm(input, self.num_features, updated, weight, bias, self.eps, group, epilogue, residual)
 
     def _check_input_dim(self, input: Tensor) -> None:

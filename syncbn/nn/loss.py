@@ -46,7 +46,8 @@ def scale_loss(loss: Tensor, batch_size: float | Tensor, process_group: Any = No
     else:
         factor = loss_factor(loss, batch_size, as_communicator(process_group))
     # Of no samples the mean may be NaN.
-    return torch.where(factor == 0, loss.nan_to_num(), loss) * factor.to(loss.dtype)
+    scaled: Tensor = torch.where(factor == 0, loss.nan_to_num(), loss) * factor.to(loss.dtype)
+    return scaled
 
 
 def loss_factor(loss: Tensor, batch_size: float | Tensor, comm: Communicator) -> Tensor:

@@ -28,7 +28,7 @@ from .autograd import BatchStatsNorm
 from .checks import backward_message, check_forward, check_memory, forward_message
 from .recomputation import is_recomputing, reduce
 
-library = torch.library.Library("syncbn", "DEF")
+library: Any = torch.library.Library("syncbn", "DEF")  # type: ignore[no-untyped-call]
 
 _ACTIVATION = "str activation, float slope"
 _RUNNING = "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked"
@@ -121,6 +121,7 @@ class TracedCall:
             None if weight is None else grad_weight,
             None if ctx.bias_dtype is None else grad_bias,
             grad_output if ctx.has_residual else None,
+            None,
         )
 
 
@@ -334,7 +335,7 @@ def _empty_like(x: Tensor) -> Tensor:
     return x.new_empty([n, *spatial, c]).movedim(-1, 1)
 
 
-_IMPLEMENTATIONS = {
+_IMPLEMENTATIONS: dict[str, tuple[Any, Any]] = {
     "reduce": (_reduce, _fake_reduce),
     "normalise": (_normalise, _fake_normalise),
     "backward_reduce": (_backward_reduce, _fake_backward_reduce),

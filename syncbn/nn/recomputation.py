@@ -31,7 +31,7 @@ def is_recomputing() -> bool:
     in_backward = torch._C._current_graph_task_id() != -1
     if not in_backward and torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
         return False
-    if _local.contexts and any(context.replays for context in _local.contexts):
+    if local.contexts and any(context.replays for context in local.contexts):
         return True
     frame = sys._getframe(1)
     while frame is not None:
@@ -49,7 +49,7 @@ class _Contexts(threading.local):
         self.contexts: list[_Context] = []
 
 
-_local = _Contexts()
+local = _Contexts()
 
 
 class _Context(AbstractContextManager[Any]):
@@ -60,11 +60,11 @@ class _Context(AbstractContextManager[Any]):
 
     def __enter__(self) -> _Context:
         self.next = 0
-        _local.contexts.append(self)
+        local.contexts.append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        _local.contexts.remove(self)
+        local.contexts.remove(self)
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
@@ -84,14 +84,9 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[Any], AbstractContextM
     return _Context(tape, replays=False), _Context(tape, replays=True)
 
 
-def are_contexts_active() -> bool:
-    """Whether this thread is in a region of checkpoint_contexts."""
-    return bool(_local.contexts)
-
-
 def reduce(x: Tensor, kernels: Any, comm: Communicator, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Returns core.reduce(x, kernels, comm), or what that was when the region was recorded."""
-    contexts = _local.contexts
+    contexts = local.contexts
     source = next((i for i in reversed(range(len(contexts))) if contexts[i].replays), None)
     if source is None:
         moments, center = core.reduce(x, kernels, comm, mask)

@@ -1,0 +1,217 @@
+"""The layer in eager mode on CPUs: one call of C++ forward, and one backward. See kernels/fused.py.
+
+What the operators decline, another floating dtype or a gradient with gaps, say, goes the general way of eager.py. Each
+line here runs at every call of every layer, where the arithmetic of a small layer takes 5 microseconds.
+"""
+
+from __future__ import annotations
+
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .. import core
+from ..comm import Communicator, Group, LocalCommunicator, shared_memory_of
+from ..core import NOTHING, Running
+from ..kernels import PLAIN, Epilogue
+from ..kernels.fused import ALONE, BY_CALLER, DECLINED, NONE, UNSENT, activation_of, fused
+from .autograd import BatchStatsNorm
+from .checks import channels_of
+from .eager import EagerCall
+from .recomputation import is_recomputing
+from .recomputation import local as _recordings
+
+_fused: Any = fused()
+_TYPES = (Tensor, torch.nn.Parameter, type(None))
+_modes, _tracing = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
+_transforms, _is_batched = torch._C._functorch.peek_interpreter_stack, torch._C._functorch.is_legacy_batchedtensor
+_graph_task, _saved_hooks = torch._C._current_graph_task_id, torch._C._autograd._top_saved_tensors_default_hooks
+_is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+
+
+class _Declined(Exception):  # noqa: N818  # it is no error
+    pass
+
+
+def normalise(
+    input: Tensor,
+    num_features: int,
+    mean: Tensor | None,
+    var: Tensor | None,
+    batches: Tensor | None,
+    momentum: float | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    group: Group,
+    epilogue: Epilogue,
+    residual: Tensor | None,
+) -> Tensor | None:
+    """Normalises as dispatch.batch_stats_norm, or returns None where that is for the general way.
+
+    Arguments are not checked: what does not fit is declined before anything is sent.
+    """
+    if (
+        _fused is None
+        or type(input) is not Tensor
+        or type(weight) not in _TYPES
+        or type(bias) not in _TYPES
+        or type(residual) not in _TYPES
+        or _modes()
+        or _transforms() is not None
+        or forward_ad._current_level >= 0
+        or _tracing() is not None
+        or input.is_inference()
+        or ((_graph_task() != -1 or _saved_hooks(True) is not None) and is_recomputing())
+        or _recordings.contexts
+    ):
+        return None
+    if momentum is None:
+        momentum = Running.of(mean, var, batches, None).momentum
+    code = 0 if epilogue is PLAIN else activation_of(epilogue)
+    if code is None or type(momentum) is not float or type(eps) is not float or not (eps > 0 and isfinite(momentum)):
+        return None
+    if residual is not None and residual.is_inference():
+        return None
+    if weight is None and bias is None and mean is None and channels_of(input) != num_features:
+        return None
+    comm, has_residual = group.communicator(), residual is not None
+    bias_dtype = None if bias is None else bias.dtype
+    rest = mean, var, batches, momentum, eps, code, epilogue, comm, has_residual, bias_dtype, group, num_features
+    try:
+        return _apply(input, weight, bias, residual, rest)  # type: ignore[no-any-return]
+    except (_Declined, NotImplementedError):  # torch's, for devices and layouts without such an operator
+        return None
+
+
+class _FusedNorm(torch.autograd.Function):
+    """As autograd.BatchStatsNorm; it saves the same."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        rest: tuple[Any, ...],
+    ) -> Tensor:
+        mean, var, batches, momentum, eps, activation, epilogue, comm, has_residual, *_ = rest
+        tensors = (
+            input,
+            NONE if weight is None else weight,
+            NONE if bias is None else bias,
+            residual if has_residual else NONE,
+            NONE if mean is None else mean,
+            NONE if var is None else var,
+            NONE if batches is None else batches,
+        )
+        slope = epilogue.slope
+        if type(comm) is LocalCommunicator:
+            y, statistics, count = _fused.forward(*tensors, NONE, momentum, eps, activation, slope, ALONE)
+        elif memory := shared_memory_of(comm):
+            with memory.direct() as address:
+                y, statistics, count = _fused.forward(*tensors, NONE, momentum, eps, activation, slope, address)
+                if count == UNSENT:
+                    memory.go_on(statistics)
+        else:
+            y, statistics, count = _fused.forward(*tensors, NONE, momentum, eps, activation, slope, BY_CALLER)
+            if count == UNSENT:
+                comm.all_reduce(statistics)
+        if count == DECLINED:
+            raise _Declined
+        if count == UNSENT:
+            y, statistics, count = _fused.forward(*tensors, statistics, momentum, eps, activation, slope, ALONE)
+        if not (count > 1 and count.is_integer()):
+            core.check_count(count, comm)
+        if activation == 0:
+            ctx.save_for_backward(input, weight, None, None, statistics)
+        else:
+            gate = None if residual is None else residual if epilogue.activation == "silu" else y
+            ctx.save_for_backward(input, weight, bias, gate, statistics)
+        ctx.set_materialize_grads(False)
+        ctx.rest = rest
+        result: Tensor = y
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        if (
+            type(grad_output) is not Tensor
+            or _is_grad_enabled()
+            or _transforms() is not None
+            or _is_batched(grad_output)
+            or _is_compiling()
+        ):
+            return _general_backward(ctx, grad_output, None)
+        *_, activation, epilogue, comm, has_residual, bias_dtype, _, _ = ctx.rest
+        try:
+            saved = ctx.saved_tensors
+        except Exception:  # one was modified in place: the general way tells the other ranks, too
+            return _general_backward(ctx, grad_output, None)
+        if bias_dtype is not None and bias_dtype is not torch.float32:
+            return _general_backward(ctx, grad_output, saved)
+        input, weight, bias, gate, statistics = saved
+        w, b = NONE if weight is None else weight, NONE if bias is None else bias
+        options = bias_dtype is not None, activation, epilogue.slope
+        tensors = grad_output, input, w, b, NONE if gate is None else gate, statistics, NONE
+        try:
+            found = _sum_over_ranks(comm, tensors, options)
+        except NotImplementedError:  # of a layout that the operator does not take
+            return _general_backward(ctx, grad_output, saved)
+        dx, grad_weight, grad_bias, g, state = found
+        if state != 0:
+            if state == DECLINED:
+                return _general_backward(ctx, grad_output, saved)
+            # UNSENT: dx are the sums. grad_output went through the activation already if there is a gate.
+            dy, options = (grad_output, options) if gate is None else (g, (options[0], 0, 0.0))
+            dx = _fused.backward(dy, input, w, b, NONE, statistics, dx, *options, ALONE)[0]
+        return (
+            dx,
+            None if weight is None else grad_weight,
+            None if bias_dtype is None else grad_bias,
+            (grad_output if gate is None else g) if has_residual else None,
+            None,
+        )
+
+
+def _sum_over_ranks(comm: Communicator, tensors: tuple[Tensor, ...], options: tuple[bool, int, float]) -> Any:
+    """Returns what the operator backward returns; if that is UNSENT, the sums are of all ranks by then."""
+    if type(comm) is LocalCommunicator:
+        return _fused.backward(*tensors, *options, ALONE)
+    if memory := shared_memory_of(comm):
+        with memory.direct() as address:
+            found = _fused.backward(*tensors, *options, address)
+            if found[4] == UNSENT:
+                memory.go_on(found[0])
+    else:
+        found = _fused.backward(*tensors, *options, BY_CALLER)
+        if found[4] == UNSENT:
+            comm.all_reduce(found[0])
+    return found
+
+
+class _Context:
+    """What backward needs of autograd's context, whose saved tensors torch.utils.checkpoint lets unpack once only."""
+
+    def __init__(self, saved: tuple[Tensor | None, ...]) -> None:
+        self.saved_tensors = saved
+
+
+def _general_backward(
+    ctx: Any, grad_output: Tensor | None, saved: tuple[Tensor | None, ...] | None
+) -> tuple[Tensor | None, ...]:
+    context: Any = ctx if saved is None else _Context(saved)
+    *_, eps, _, epilogue, comm, has_residual, bias_dtype, group, num_features = ctx.rest
+    context.call = EagerCall(num_features, NOTHING, eps, group, epilogue)
+    context.call.comm = comm  # that of forward
+    context.has_residual, context.bias_dtype = has_residual, bias_dtype
+    gradients: tuple[Tensor | None, ...] = BatchStatsNorm.backward(context, grad_output)
+    return gradients
+
+
+# Without the look for torch.func of Function.apply, which normalise has had.
+_apply: Any = super(torch.autograd.Function, _FusedNorm).apply
