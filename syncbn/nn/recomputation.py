@@ -96,7 +96,11 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[Any], AbstractContextM
     """Keeps what layers have sent through a checkpointed region, so that its recomputation sends nothing.
 
     For torch.utils.checkpoint.checkpoint(function, x, use_reentrant=False, context_fn=syncbn.checkpoint_contexts). It
-    keeps 16 C + 8 bytes a layer.
+    keeps 16 C + 8 bytes a layer. Within a compiled function torch takes contexts of selective checkpointing only
+    (create_selective_checkpoint_contexts), which do the same where torch.ops.syncbn.reduce.default is MUST_SAVE.
+
+    Raises:
+        RuntimeError: in backward, where the recomputation runs more layers, or batches of another shape or dtype.
 
     Example:
         >>> layer = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
