@@ -16,7 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.flop_counter import FlopCounterMode
 
-import syncbn
 from syncbn.comm import LocalCommunicator, as_communicator
 
 STEPS = 3
