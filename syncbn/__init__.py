@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from . import numpy as numpy
     from .nn import SyncBatchNorm as SyncBatchNorm
     from .nn import SyncBatchNormAct as SyncBatchNormAct
+    from .nn import checkpoint_contexts as checkpoint_contexts
     from .nn import convert_sync_batchnorm as convert_sync_batchnorm
     from .nn import revert_sync_batchnorm as revert_sync_batchnorm
     from .nn import scale_loss as scale_loss
@@ -27,6 +28,7 @@ __all__ = [
     "SyncBatchNormAct",
     "World",
     "__version__",
+    "checkpoint_contexts",
     "comm",
     "convert_sync_batchnorm",
     "functional",

@@ -4,5 +4,13 @@ from .convert import convert_sync_batchnorm, revert_sync_batchnorm
 from .layer import SyncBatchNorm
 from .loss import scale_loss
 from .norm_act import SyncBatchNormAct
+from .recomputation import checkpoint_contexts
 
-__all__ = ["SyncBatchNorm", "SyncBatchNormAct", "convert_sync_batchnorm", "revert_sync_batchnorm", "scale_loss"]
+__all__ = [
+    "SyncBatchNorm",
+    "SyncBatchNormAct",
+    "checkpoint_contexts",
+    "convert_sync_batchnorm",
+    "revert_sync_batchnorm",
+    "scale_loss",
+]

@@ -47,6 +47,8 @@ class SyncBatchNorm(_BatchNorm):
     Collective:
         In training mode one all_reduce of 2C + 1 float64 forward (float64 input: two), one of 2C float64 backward, in
         which all ranks of the group take part. In evaluation mode, hence with frozen statistics, none.
+        With gradient accumulation each micro-batch is a batch: it is normalised by its own statistics over all ranks,
+        within DistributedDataParallel.no_sync too, and is one step of the running statistics.
 
     Raises:
         ValueError, TypeError, RuntimeError: as syncbn.functional.sync_batch_norm, on all ranks together; the layer is

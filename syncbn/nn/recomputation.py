@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils.checkpoint
@@ -44,6 +44,15 @@ def is_recomputing() -> bool:
     return False
 
 
+class _Reduced(NamedTuple):
+    """What core.reduce returned, and for what."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    moments: Tensor
+    center: Tensor | None
+
+
 class _Contexts(threading.local):
     def __init__(self) -> None:
         self.contexts: list[_Context] = []
@@ -55,7 +64,7 @@ local = _Contexts()
 class _Context(AbstractContextManager[Any]):
     """Records the reduced moments of a region's forward, in order, or replays them when it is recomputed."""
 
-    def __init__(self, tape: list[tuple[Tensor, Tensor | None]], replays: bool) -> None:
+    def __init__(self, tape: list[_Reduced], replays: bool) -> None:
         self.tape, self.replays, self.next = tape, replays, 0
 
     def __enter__(self) -> _Context:
@@ -66,12 +75,32 @@ class _Context(AbstractContextManager[Any]):
     def __exit__(self, *_: object) -> None:
         local.contexts.remove(self)
 
+    def replay(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns what the next layer's core.reduce(x, kernels, comm) was."""
+        number = self.next
+        expected = self.tape[number] if number < len(self.tape) else None
+        self.next += 1
+        if expected is None:
+            found = f"one more after {number}"
+        elif (tuple(x.shape), x.dtype) != expected[:2]:
+            found = f"{tuple(x.shape)} {x.dtype} for {expected.shape} {expected.dtype} in layer {number}"
+        else:
+            return expected.moments.clone(), expected.center  # moments are turned into statistics in place
+        raise RuntimeError(
+            f"expected a checkpointed region to run the same layers when it is recomputed; got {found}: see that it "
+            "does the same each time"
+        )
+
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Keeps what layers have sent through a checkpointed region, so that its recomputation sends nothing.
 
     For torch.utils.checkpoint.checkpoint(function, x, use_reentrant=False, context_fn=syncbn.checkpoint_contexts). It
-    keeps 16 C + 8 bytes a layer.
+    keeps 16 C + 8 bytes a layer. Within a compiled function torch takes contexts of selective checkpointing only
+    (create_selective_checkpoint_contexts), which do the same where torch.ops.syncbn.reduce.default is MUST_SAVE.
+
+    Raises:
+        RuntimeError: in backward, where the recomputation runs more layers, or batches of another shape or dtype.
 
     Example:
         >>> layer = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
@@ -80,7 +109,7 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[Any], AbstractContextM
         >>> checkpoint(layer, x, use_reentrant=False, context_fn=checkpoint_contexts).shape
         torch.Size([2, 3])
     """
-    tape: list[tuple[Tensor, Tensor | None]] = []
+    tape: list[_Reduced] = []
     return _Context(tape, replays=False), _Context(tape, replays=True)
 
 
@@ -91,16 +120,8 @@ def reduce(x: Tensor, kernels: Any, comm: Communicator, mask: Tensor | None = No
     if source is None:
         moments, center = core.reduce(x, kernels, comm, mask)
     else:
-        replayed = contexts[source]
-        if replayed.next == len(replayed.tape):
-            raise RuntimeError(
-                f"expected a checkpointed region to run the same {len(replayed.tape)} layers when it is recomputed; "
-                "got one more: see that it does the same each time"
-            )
-        moments, center = replayed.tape[replayed.next]
-        moments = moments.clone()  # which are turned into statistics in place
-        replayed.next += 1
+        moments, center = contexts[source].replay(x)
     for context in contexts[0 if source is None else source + 1 :]:
         if not context.replays:
-            context.tape.append((moments.clone(), center))
+            context.tape.append(_Reduced(tuple(x.shape), x.dtype, moments.clone(), center))
     return moments, center

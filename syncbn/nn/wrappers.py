@@ -31,7 +31,7 @@ def normalise(layer: SyncBatchNorm, input: Any, epilogue: Epilogue, residual: An
     if has_torch_function((input, residual)):
         return handle_torch_function(layer._normalise, (input, residual), input, epilogue, residual)
     tensor: Any = sys.modules.get("torch.distributed.tensor")
-    if tensor is not None and isinstance(input, tensor.DTensor):
+    if tensor is not None and (isinstance(input, tensor.DTensor) or isinstance(residual, tensor.DTensor)):
         return _over_mesh(layer, input, epilogue, residual)
     return layer._normalise_tensors(input, epilogue, residual)
 
@@ -59,6 +59,13 @@ def _over_mesh(layer: SyncBatchNorm, input: Any, epilogue: Epilogue, residual: A
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
+    if residual is not None and type(input) is not type(residual):
+        raise TypeError(
+            "expected input and residual both to be DTensors or both to be none; got "
+            f"{type(input).__name__} and {type(residual).__name__}: distribute the other, too"
+        )
+    if layer.training and epilogue.in_place:
+        raise ValueError("expected inplace=False for a DTensor; got inplace=True: set layer.inplace = False")
     mesh, placements = input.device_mesh, input.placements
     sharded = [i for i, placement in enumerate(placements) if placement == Shard(0)]
     others = [p for i, p in enumerate(placements) if i not in sharded and p != Replicate()]
@@ -73,7 +80,14 @@ def _over_mesh(layer: SyncBatchNorm, input: Any, epilogue: Epilogue, residual: A
     gradients = [Partial() if i in sharded else Replicate() for i in range(mesh.ndim)]
 
     def local(v: Any) -> Any:
-        return v.to_local(grad_placements=gradients) if isinstance(v, DTensor) else v
+        if not isinstance(v, DTensor):
+            return v
+        if any(placement != Replicate() for placement in v.placements):
+            raise ValueError(
+                "expected parameters and running statistics that are replicated over the mesh; got placements "
+                f"{tuple(v.placements)}: redistribute them"
+            )
+        return v.to_local(grad_placements=gradients)
 
     if residual is not None:
         if residual.placements != placements:
