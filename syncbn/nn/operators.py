@@ -14,6 +14,7 @@ input tells the others. Nothing happens in place here: a layer with inplace=True
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Any
 
 import torch
@@ -23,10 +24,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .. import core
 from ..comm import Communicator, communicator_named
 from ..core import Running
-from ..kernels import Epilogue, select
+from ..kernels import Epilogue, fused, select
 from .autograd import BatchStatsNorm
 from .checks import backward_message, check_forward, check_memory, forward_message
 from .recomputation import is_recomputing, reduce
+from .recomputation import local as recordings
 
 library: Any = torch.library.Library("syncbn", "DEF")  # type: ignore[no-untyped-call]
 
@@ -195,8 +197,14 @@ def _reduce(
 ) -> tuple[Tensor, Tensor]:
     comm = communicator_named(group)
     running = Running(running_mean, running_var, None, 0.0 if momentum is None else momentum)
+    epilogue = Epilogue(activation, slope)
+    if mask is None and eps > 0 and isfinite(running.momentum) and not recordings.contexts:
+        moments = fused.stats(x, weight, bias, residual, running_mean, running_var, epilogue)
+        if moments is not None and x.shape[1] == (num_features or x.shape[1]):
+            comm.all_reduce(moments)
+            return moments, _no_tensor(x, torch.float64)
     try:
-        check_forward(x, num_features, running, weight, bias, eps, Epilogue(activation, slope), residual)
+        check_forward(x, num_features, running, weight, bias, eps, epilogue, residual)
     except Exception as error:
         core.refuse(error, forward_message(x, num_features, weight, bias, running), comm)
     moments, center = reduce(x, select(x), comm, mask)
@@ -220,13 +228,19 @@ def _normalise(
     slope: float,
     group: str,
 ) -> tuple[Tensor, Tensor]:
-    y = _empty_like(x)
-    running = core.NOTHING
+    running, epilogue, statistics = core.NOTHING, Epilogue(activation, slope), moments.clone()
     if not is_recomputing():
         running = Running.of(running_mean, running_var, num_batches_tracked, momentum)
-    statistics = core.normalise(
-        x, y, weight, bias, running, eps, select(x), communicator_named(group), moments.clone(),
-        center if center.numel() else None, Epilogue(activation, slope), residual, mask,
+    if mask is None and not center.numel():
+        done = fused.normalise(x, statistics, weight, bias, residual, running, eps, epilogue)
+        if done is not None:
+            y, _, count = done
+            core.check_count(count, communicator_named(group))
+            return y, statistics
+    y = _empty_like(x)
+    core.normalise(
+        x, y, weight, bias, running, eps, select(x), communicator_named(group), statistics,
+        center if center.numel() else None, epilogue, residual, mask,
     )  # fmt: skip
     return y, statistics
 
@@ -251,6 +265,15 @@ def _backward_reduce(
         check_memory("a gradient", dy)
     except Exception as error:
         core.refuse(error, backward_message(x.shape[1], x), comm)
+    if mask is None and bias_dtype in (None, torch.float32):
+        done = fused.backward_reduce(
+            dy, x, statistics, weight, bias, gate, bias_dtype is not None, Epilogue(activation, slope)
+        )
+        if done is not None:
+            comm.all_reduce(done[0])
+            exist = weight is not None, bias_dtype is not None, gate is not None
+            gradients = (v if is_there else _no_tensor(x, x.dtype) for v, is_there in zip(done[1:], exist, strict=True))
+            return done[0], *gradients  # type: ignore[return-value]
     grad_weight, grad_bias, g = _gradients(x, weight, bias_dtype, gate)
     sums = core.backward_reduce(
         dy, x, weight, bias, None if weight is None else grad_weight, None if bias_dtype is None else grad_bias,
@@ -270,6 +293,10 @@ def _backward_elemt(
     activation: str,
     slope: float,
 ) -> Tensor:
+    if mask is None:
+        done = fused.backward_elemt(dy, x, statistics, sums, weight, bias, Epilogue(activation, slope))
+        if done is not None:
+            return done
     dx = _empty_like(x)
     select(x).backward_elemt(dy, x, statistics, weight, bias, sums, dx, Epilogue(activation, slope), mask)
     return dx
