@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .comm import Communicator, as_communicator, named_group
 from .core import Running
+from .kernels import PLAIN
+from .nn import fused
+from .nn.checks import channels_of
 from .nn.dispatch import batch_stats_norm, running_stats_norm
 
 __all__ = ["sync_batch_norm"]
@@ -67,8 +71,13 @@ def sync_batch_norm(
         return result
     if not training:
         return running_stats_norm(input, running_mean, running_var, weight, bias, eps)
-    running = Running(running_mean, running_var, None, momentum)
-    return batch_stats_norm(input, 0, running, weight, bias, eps, _Group(process_group))
+    group = _Group(process_group)
+    if not torch.compiler.is_compiling():
+        running = running_mean, running_var, None, momentum
+        y = fused.normalise(input, channels_of(input), *running, weight, bias, eps, group, PLAIN, None)
+        if y is not None:
+            return y
+    return batch_stats_norm(input, 0, Running(running_mean, running_var, None, momentum), weight, bias, eps, group)
 
 
 class _Group:

@@ -154,6 +154,7 @@ struct Vector {
   bool is_none() const { return dim == 1 && sizes[0] == 0; }
   void* address() const { return is_none() ? nullptr : data; }
   bool is_of(long c) const { return dim == 1 && sizes[0] == c && (c == 1 || strides[0] == 1) && data; }
+  bool are_sums_of(long length) const { return dtype == torch_api.float64 && is_of(length); }
   bool is_float_of(long c) const { return is_none() || (dtype == torch_api.float32 && is_of(c)); }
 };
 
@@ -215,7 +216,8 @@ void eager_forward(Value* stack, std::uint64_t, std::uint64_t) {
                   (!has_residual || x.matches(residual)) &&
                   (mean.is_none() ? var.is_none()
                                   : mean.is_of(x.c) && var.is_of(x.c) && mean.dtype == var.dtype &&
-                                        code_of(mean.dtype) >= 0);
+                                        code_of(mean.dtype) >= 0) &&
+                  (moments.is_none() || moments.are_sums_of(2 * x.c + 1));
   if (is_plain) {
     std::int32_t dtype = -1, device = -1;
     std::int64_t dim = -1, *sizes = nullptr;
@@ -258,7 +260,8 @@ void eager_backward(Value* stack, std::uint64_t, std::uint64_t) {
   const bool has_gate = gate.dim > 1, has_bias = stack[7] & 1;
   const auto nothing = [&] { return value(again(x.tensor)); };
   if (!(code > kFloat64 && x.matches(dy) && weight.is_float_of(x.c) && bias.is_float_of(x.c) &&
-        (!has_gate || x.matches(gate))))
+        (!has_gate || x.matches(gate)) && statistics.are_sums_of(2 * x.c + 1) &&
+        (given.is_none() || given.are_sums_of(2 * x.c))))
     return finish<7>(stack, {nothing(), nothing(), nothing(), nothing(), value(kDeclined)});
   int activation = int(stack[8]);
   const double slope = real(stack[9]);

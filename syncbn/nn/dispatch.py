@@ -28,9 +28,9 @@ from ..comm import Group
 from ..core import Running
 from ..kernels import PLAIN, Epilogue
 from ..layout import layout_of
-from . import differentiable, fused
+from . import differentiable
 from .autograd import apply_plain
-from .checks import channels_of, check_batch
+from .checks import check_batch
 from .eager import EagerCall
 from .operators import TracedCall
 
@@ -111,11 +111,6 @@ def batch_stats_norm(
             return differentiable.batch_stats_norm(input, running, weight, bias, residual, call)
         if traced is not None:
             return traced.norm(input, num_features, weight, bias, residual)
-    else:
-        channels = num_features or channels_of(input)
-        y = fused.normalise(input, channels, *running, weight, bias, eps, group, epilogue, residual)
-        if y is not None:
-            return y
     call = EagerCall(num_features, running, eps, group, epilogue)
     call.check(input, weight, bias, residual)
     call.num_features = input.shape[1]

@@ -96,31 +96,33 @@ class SyncBatchNorm(_BatchNorm):
 
     def _normalise(self, input: Tensor, epilogue: Epilogue = PLAIN, residual: Tensor | None = None) -> Tensor:
         """Returns activation(normalised + residual)."""
-        parameters, buffers = self._parameters, self._buffers
-        if self.training and self.track_running_stats and not _is_compiling():
-            try:  # the usual case, without anything in between
-                y = fused.normalise(
-                    input,
-                    self.num_features,
-                    buffers["running_mean"],
-                    buffers["running_var"],
-                    buffers["num_batches_tracked"],
-                    self.momentum,
-                    parameters["weight"],
-                    parameters["bias"],
-                    self.eps,
-                    self._syncbn_group,
-                    epilogue,
-                    residual,
-                )
-            except KeyError:
-                y = None
+        if self.training and not _is_compiling():
+            y = self._normalise_in_one_call(input, epilogue, residual)
             if y is not None:
                 return y
         if not wrappers.are_tensors(input, residual):
             result: Tensor = wrappers.normalise(self, input, epilogue, residual)
             return result
         return self._normalise_tensors(input, epilogue, residual)
+
+    def _normalise_in_one_call(self, input: Tensor, epilogue: Epilogue, residual: Tensor | None) -> Tensor | None:
+        """Returns the result in the usual case, with nothing in between; else None."""
+        parameters, buffers = self._parameters, self._buffers
+        mean = var = batches = None
+        try:
+            if self.track_running_stats:
+                mean, var, batches = (
+                    buffers["running_mean"],
+                    buffers["running_var"],
+                    buffers["num_batches_tracked"],
+                )
+            weight, bias = parameters["weight"], parameters["bias"]
+        except KeyError:  # not registered: deleted, or parametrized
+            return None
+        running = mean, var, batches, self.momentum
+        return fused.normalise(
+            input, self.num_features, *running, weight, bias, self.eps, self._syncbn_group, epilogue, residual
+        )
 
     def _normalise_tensors(self, input: Tensor, epilogue: Epilogue, residual: Tensor | None) -> Tensor:
         # In evaluation without running statistics those of this rank's batch serve.
