@@ -34,6 +34,7 @@ from .autograd import BatchStatsNorm
 from .checks import check_batch, check_forward, forward_message
 from .eager import EagerCall
 from .operators import TracedCall
+from .recomputation import is_recomputing
 
 _C, _functorch = torch._C, torch._C._functorch
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter, type(None))
@@ -96,7 +97,7 @@ def batch_stats_norm(
     tensors = input, weight, bias, residual
     traced = is_traced(*tensors)
     if is_transformed(*tensors):
-        running = core.running_of(*running)
+        running = core.NOTHING if is_recomputing() else core.running_of(*running)
         call = TracedCall(running, eps, group.name, epilogue) if traced else EagerCall(running, eps, group, epilogue)
         return differentiable.batch_stats_norm(input, running, weight, bias, residual, call)
     if traced:
