@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..comm import Group
-from ..core import Running
+from ..core import NOTHING, Running
 from ..kernels import PLAIN, Epilogue
 from ..layout import layout_of
 from . import differentiable
@@ -33,6 +33,7 @@ from .autograd import apply_plain
 from .checks import check_batch
 from .eager import EagerCall
 from .operators import TracedCall
+from .recomputation import is_recomputing
 
 _C, _functorch = torch._C, torch._C._functorch
 _unpack_dual: Any = forward_ad.unpack_dual
@@ -106,7 +107,7 @@ def batch_stats_norm(
         tensors = input, weight, bias, residual
         traced = TracedCall(running, eps, group.name, epilogue) if is_traced(*tensors) else None
         if is_transformed(*tensors):
-            running = Running.of(*running)
+            running = NOTHING if is_recomputing() else Running.of(*running)
             call = traced or EagerCall(num_features, running, eps, group, epilogue)
             return differentiable.batch_stats_norm(input, running, weight, bias, residual, call)
         if traced is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,11 @@ from torch.autograd.graph import _engine_run_backward
 from .. import core
 from ..comm import Communicator
 
-_checkpoint_file = torch.utils.checkpoint.__file__
+# Where torch unpacks what checkpointing saved, and where compiled autograd calls an autograd.Function's backward.
+_CALLERS = {
+    "unpack_hook": torch.utils.checkpoint.__file__,
+    "call_backward": str(Path(torch.__file__).with_name("_dynamo") / "external_utils.py"),
+}
 _function_backward: Any = BackwardCFunction.apply.__code__
 _engine: Any = _engine_run_backward.__code__
 
@@ -36,7 +41,7 @@ def is_recomputing() -> bool:
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if code is _function_backward or (code.co_name == "unpack_hook" and code.co_filename == _checkpoint_file):
+        if code is _function_backward or _CALLERS.get(code.co_name) == code.co_filename:
             return True
         if code is _engine:  # what called backward is of no interest
             return False

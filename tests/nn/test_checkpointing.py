@@ -195,6 +195,19 @@ def test_second_derivatives_through_a_region(options):
     assert counting.forward == (6 if options is PLAIN else 2)  # each of the two backwards recomputes
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own decompositions
+def test_forward_mode_in_a_region():
+    def both_modes(net):
+        (x,) = batches(1)
+        with torch.autograd.forward_ad.dual_level():
+            y = net(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+            tangent = torch.autograd.forward_ad.unpack_dual(y).tangent
+            (y.sum() + tangent.pow(2).sum()).backward()
+        return [x]
+
+    assert_same_bits(outcome(Net(functools.partial(whole, **PLAIN)), both_modes), outcome(Net(both), both_modes))
+
+
 def test_evaluation_in_a_region_sends_nothing():
     for options in (PLAIN, REENTRANT, SELECTIVE, CONTEXTS):
         counting = Counting()
@@ -282,3 +295,17 @@ def test_trap_16_compiled(way, monkeypatch):
     if "around" in way:  # inside, a graph's backward works on copies of the running statistics
         forget_recomputations(monkeypatch)
         assert changed(outcome(Net(run), accumulate), expected) >= {"second.1.running_mean", "second.1.running_var"}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch's own
+@pytest.mark.usefixtures("_fresh")
+@pytest.mark.parametrize("way", ["whole", "whole-reentrant", "whole-contexts"])
+def test_trap_16_compiled_autograd(way, monkeypatch):
+    def step(net):
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+            return one_step(net)
+
+    expected = outcome(Net(both), one_step)
+    torch.testing.assert_close(outcome(Net(WAYS[way][0]), step), expected)
+    forget_recomputations(monkeypatch)
+    assert "second.1.running_mean" in changed(outcome(Net(WAYS[way][0]), step), expected)
