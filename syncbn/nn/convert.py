@@ -12,15 +12,16 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
+import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..comm import GroupHandle, as_communicator
-from .fuse import fuse_activations, tail_of_fused, unfuse_activations
+from .fuse import epilogue_of_fused, fuse_activations, unfuse_activations
 from .layer import SyncBatchNorm
-from .norm_act import norm_act
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -45,7 +46,8 @@ class _Original(NamedTuple):
     group: GroupHandle | None
 
 
-_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNormNd)
+# What becomes a SyncBatchNorm and nothing else: DistributedDataParallel refuses instances of the first on CPUs.
+_PLAIN = (nn.SyncBatchNorm, BatchNormNd)
 # Layers of timm that go on from batch normalisation to dropout and activation, known by name so as not to import timm.
 _NORM_ACT = ("BatchNormAct2d", "SyncBatchNormAct")
 
@@ -54,18 +56,21 @@ def convert_sync_batchnorm(module: M, process_group: Any = None, fuse: bool = Fa
     """Turns every BatchNorm layer of a model into a syncbn.SyncBatchNorm, in place.
 
     Layers are the same objects afterwards, with another class: hooks, custom attributes, sharing, training mode and
-    requires_grad are untouched, and revert_sync_batchnorm is the exact inverse. Subclasses without a forward of their
-    own keep the rest of their behaviour, and timm's BatchNormAct2d its dropout and activation. Other subclasses with a
-    forward of their own are left as they are, as are parametrized layers, and a warning names them.
+    requires_grad are untouched, and revert_sync_batchnorm is the exact inverse. A layer stays an instance of its class,
+    nn.BatchNorm2d, say, and refuses inputs of another number of axes as that does; but one that was a
+    torch.nn.SyncBatchNorm is an instance of that no more, for DistributedDataParallel refuses those on CPUs. Subclasses
+    without a forward of their own keep the rest of their behaviour, and timm's BatchNormAct2d its dropout and
+    activation. Other subclasses with a forward of their own are left as they are, as are parametrized layers, and a
+    warning names them, and the modules with batch normalisation that cannot be reached: scripted and traced ones, and
+    graphs of torch.fx. torch.ao.quantization fuses reverted models.
 
     Args:
         module: the model; it may be a BatchNorm layer itself.
         process_group: of every converted layer, and of every SyncBatchNorm already there; see syncbn.SyncBatchNorm.
             None leaves the groups that torch.nn.SyncBatchNorm and syncbn.SyncBatchNorm layers have.
-        fuse: whether layers also take over the activation behind them (ReLU, LeakyReLU or SiLU), as
-            syncbn.SyncBatchNormAct: in an nn.Sequential, where an identity takes the activation's place, and in timm's
-            BatchNormAct2d. Layers with hooks are not fused. It is for models that run a Sequential as a whole: one that
-            takes the result of a BatchNorm layer out of it gets the activated one.
+        fuse: whether every nn.Sequential that has a BatchNorm layer with an activation behind it (ReLU, LeakyReLU or
+            SiLU) runs the two in one pass, and timm's BatchNormAct2d, too. Its modules stay as they are, and may be
+            exchanged. Where one of the two has hooks, each runs by itself.
 
     Returns:
         module.
@@ -106,6 +111,7 @@ def convert_sync_batchnorm(module: M, process_group: Any = None, fuse: bool = Fa
             f"{', '.join(unknown)}",
             stacklevel=2,
         )
+    _warn_of_hidden_layers(module)
     return module
 
 
@@ -161,6 +167,27 @@ def _batch_norm_layers(module: nn.Module) -> dict[str, _BatchNorm]:
     return layers
 
 
+def _warn_of_hidden_layers(module: nn.Module) -> None:
+    hidden = [_name(name, part) for name, part in module.named_modules() if _hides_batch_norm(part)]
+    if hidden:
+        warnings.warn(
+            "not synchronised: batch normalisation within what torch.jit or torch.fx has made, which cannot be "
+            f"converted: {', '.join(hidden)}; convert the model first, then script, trace or export it",
+            stacklevel=3,
+        )
+
+
+def _hides_batch_norm(module: nn.Module) -> bool:
+    """Whether a module is a scripted or traced BatchNorm layer, or a graph that calls batch normalisation."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "BatchNorm" in getattr(module, "original_name", "")
+    graph = getattr(module, "graph", None) if isinstance(module, torch.fx.GraphModule) else None
+    return graph is not None and any(
+        node.op == "call_function" and "batch_norm" in str(node.target) and "syncbn" not in str(node.target)
+        for node in graph.nodes
+    )
+
+
 def _become(layer: Any, synchronised: type[SyncBatchNorm]) -> None:
     """Makes a layer one of that class."""
     # The attribute of torch.nn.SyncBatchNorm, or of the user's, that has the name of our property.
@@ -191,9 +218,9 @@ def _synchronised_class(original: Any) -> type[SyncBatchNorm] | None:
 
 
 def _norm_act_forward(self: Any, x: Tensor) -> Tensor:
-    tail = tail_of_fused(self)
-    if tail is not None:
-        return norm_act(self, x, tail)
+    epilogue = epilogue_of_fused(self)
+    if epilogue is not None:
+        return self._normalise(x, epilogue)  # type: ignore[no-any-return]
     y: Tensor = self.act(self.drop(SyncBatchNorm.forward(self, x)))
     return y
 
@@ -208,8 +235,13 @@ def _subclass(original: Any, forward: Callable[..., Tensor]) -> type[SyncBatchNo
 
     # DistributedDataParallel refuses subclasses of torch.nn.SyncBatchNorm on CPUs.
     bases = (SyncBatchNorm,) if issubclass(original, nn.SyncBatchNorm) else (SyncBatchNorm, original)
-    members = {"forward": forward, "__reduce_ex__": reduce, "__module__": original.__module__}
-    return type(f"Sync{original.__name__.removeprefix('Sync')}", bases, members)
+    is_torchs = original in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    module = SyncBatchNorm.__module__ if is_torchs else original.__module__
+    members: dict[str, Any] = {"forward": forward, "__reduce_ex__": reduce, "__module__": module}
+    if not issubclass(original, nn.SyncBatchNorm):
+        members |= {"_check_input_dim": original._check_input_dim, "_checks_input_dim": True}
+    name = "SyncBatchNorm" if is_torchs else f"Sync{original.__name__.removeprefix('Sync')}"
+    return type(name, bases, members)
 
 
 def _new_layer(original: type[_BatchNorm]) -> SyncBatchNorm:

@@ -1,97 +1,118 @@
-"""Activations taken over by the SyncBatchNorm layers before them, and given back."""
+"""Pairs of a SyncBatchNorm and the activation behind it, computed in one pass where an nn.Sequential runs both.
+
+The Sequential decides at every call, from the modules that are then in it. Neither of the two modules knows of the
+other, so that one may be exchanged, folded into a convolution, removed or copied, and hooks may come and go: what runs
+is always what the modules say.
+"""
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from ..kernels import Epilogue as Tail
+from ..kernels import Epilogue
 from .layer import SyncBatchNorm
-from .norm_act import SyncBatchNormAct
-
-_MARK = "_syncbn_fused"  # on a layer that activates, too
-_ATTRIBUTES = ("act", "inplace", "negative_slope")
 
 
-class FusedActivation(nn.Identity):
-    """In the place of an activation that the SyncBatchNormAct before it took over: an identity while that activates."""
+class FusedSequential(nn.Sequential):
+    """An nn.Sequential that runs each SyncBatchNorm and the ReLU, LeakyReLU or SiLU behind it in one pass.
 
-    def __init__(self, activation: nn.Module, layer: SyncBatchNorm) -> None:
-        super().__init__()
-        self.training = activation.training
-        self.__dict__.update(activation=activation, layer=layer)  # no submodules: it only stands in for one
+    Only where nothing waits for one of them: a hook, a forward of its own, or tracing by torch.fx.
+    """
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Returns input, or activates it where the layer was reverted without this."""
-        if _MARK in self.__dict__["layer"].__dict__:
-            return input
-        y: Tensor = self.__dict__["activation"](input)
-        return y
-
-    def extra_repr(self) -> str:
-        """Which activation it was."""
-        return repr(self.__dict__["activation"])
+    def forward(self, input: Any) -> Any:
+        """Runs the modules in turn."""
+        # A proxy of torch.fx is to see every module, as is a global hook.
+        if not isinstance(input, Tensor) or _has_any_global_hook():
+            return super().forward(input)
+        modules = iter(self._modules.values())
+        following: Any = next(modules, None)
+        while following is not None:
+            module, following = following, next(modules, None)
+            epilogue = _epilogue_of_pair(module, following)
+            if epilogue is None:
+                input = module(input)
+            else:
+                input, following = module._normalise(input, epilogue), next(modules, None)
+        return input
 
 
 def fuse_activations(module: nn.Module) -> None:
-    """Lets the SyncBatchNorm layers of a model take over the activations behind them, where that changes no result."""
-    uses = [id(layer) for _, layer in module.named_modules(remove_duplicate=False)]
+    """Lets the Sequentials of a model that have such pairs fuse them, and layers like timm's BatchNormAct2d."""
     for layer in module.modules():
         if isinstance(layer, SyncBatchNorm) and hasattr(layer, "drop") and hasattr(layer, "act"):
             layer.__dict__[_MARK] = True
         # A Sequential with a forward of its own may do anything with its layers.
         if not isinstance(layer, nn.Sequential) or "forward" in layer.__dict__:
             continue
-        if type(layer).forward is nn.Sequential.forward:
-            _fuse_pairs(layer, uses)
-
-
-def _fuse_pairs(parent: nn.Sequential, uses: list[int]) -> None:
-    for slot, following in itertools.pairwise(list(parent._modules)):
-        layer, activation = parent._modules[slot], parent._modules[following]
-        tail = None if activation is None else _tail_of(activation)
-        # A layer that runs in another place, too, need not be followed by the activation there.
-        if tail is None or activation is None or type(layer) is not SyncBatchNorm or _altered(layer):
-            continue
-        if uses.count(id(layer)) == 1 and not any(name in layer.__dict__ for name in _ATTRIBUTES):
-            layer.__dict__.update(zip((_MARK, *_ATTRIBUTES), (True, tail.activation, False, tail.slope), strict=True))
-            layer.__class__ = SyncBatchNormAct
-            parent._modules[following] = FusedActivation(activation, layer)
+        if type(layer).forward is nn.Sequential.forward and any(
+            _epilogue_of_pair(*pair) for pair in itertools.pairwise(layer)
+        ):
+            layer.__class__ = _fused_class(type(layer))
 
 
 def unfuse_activations(module: nn.Module) -> None:
     """Undoes fuse_activations."""
-    layer: Any
     for layer in module.modules():
-        if layer.__dict__.pop(_MARK, False) and type(layer) is SyncBatchNormAct:
-            for attribute in _ATTRIBUTES:
-                del layer.__dict__[attribute]
-            layer.__class__ = SyncBatchNorm  # type: ignore[assignment]
-        for slot, child in layer._modules.items():
-            if isinstance(child, FusedActivation):
-                child.__dict__["activation"].training = child.training
-                layer._modules[slot] = child.__dict__["activation"]
+        layer.__dict__.pop(_MARK, None)
+        original = getattr(type(layer), "_syncbn_original_class", None)
+        if original is not None:
+            layer.__class__ = original
 
 
-def tail_of_fused(layer: Any) -> Tail | None:
-    """Returns the activation of a layer like timm's BatchNormAct2d as a tail, or None where it is to run by itself."""
-    if _MARK not in layer.__dict__ or type(layer.drop) is not nn.Identity or _altered(layer.drop):
+def epilogue_of_fused(layer: Any) -> Epilogue | None:
+    """Returns the activation of a layer like timm's BatchNormAct2d, or None where it is to run by itself."""
+    if _MARK not in layer.__dict__ or type(layer.drop) is not nn.Identity or _is_altered(layer.drop):
         return None
-    return _tail_of(layer.act)
+    return _epilogue_of(layer.act)
 
 
-def _tail_of(activation: nn.Module) -> Tail | None:
-    if _altered(activation):
+_MARK = "_syncbn_fused"  # on a layer that is to activate, too
+
+
+@functools.cache
+def _fused_class(original: Any) -> type[nn.Sequential]:
+    """Makes a class that is a FusedSequential and `original`."""
+
+    def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+        # The class has no name to be found by: pickles and copies make it anew from the original.
+        return _new_sequential, (original,), *original.__reduce_ex__(self, protocol)[2:]
+
+    bases = (FusedSequential,) if original is nn.Sequential else (FusedSequential, original)
+    members = {"__reduce_ex__": reduce, "__module__": original.__module__, "_syncbn_original_class": original}
+    return type(f"Fused{original.__name__}", bases, members)
+
+
+def _new_sequential(original: Any) -> nn.Sequential:
+    fused = _fused_class(original)
+    return fused.__new__(fused)
+
+
+def _epilogue_of_pair(layer: Any, following: Any) -> Epilogue | None:
+    """Returns the epilogue with which the layer does both, or None where each is to run by itself."""
+    if not isinstance(layer, SyncBatchNorm) or type(layer).forward is not SyncBatchNorm.forward:
         return None
-    if type(activation) is nn.LeakyReLU:
-        return Tail("leaky_relu", activation.negative_slope) if activation.negative_slope >= 0 else None
-    tails: dict[Any, Tail] = {nn.ReLU: Tail("relu"), nn.SiLU: Tail("silu")}
-    return tails.get(type(activation))
+    epilogue = _epilogue_of(following)
+    return None if epilogue is None or _is_altered(layer) else epilogue
 
 
-def _altered(layer: nn.Module) -> bool:
+def _epilogue_of(activation: Any) -> Epilogue | None:
+    if type(activation) is nn.ReLU:
+        epilogue = Epilogue("relu")
+    elif type(activation) is nn.SiLU:
+        epilogue = Epilogue("silu")
+    elif type(activation) is nn.LeakyReLU and activation.negative_slope >= 0:
+        epilogue = Epilogue("leaky_relu", float(activation.negative_slope))
+    else:
+        return None
+    return None if _is_altered(activation) else epilogue
+
+
+def _is_altered(module: nn.Module) -> bool:
     """Whether something waits for this very module to run, or runs in its place."""
-    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
-    return any(hooks) or "forward" in layer.__dict__
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) or "forward" in module.__dict__

@@ -63,6 +63,8 @@ class SyncBatchNorm(_BatchNorm):
         torch.Size([4, 3, 8, 8])
     """
 
+    _checks_input_dim = False  # converted layers of torch's do, as they did
+
     def __init__(
         self,
         num_features: int,
@@ -117,7 +119,9 @@ class SyncBatchNorm(_BatchNorm):
                     buffers["num_batches_tracked"],
                 )
             weight, bias = parameters["weight"], parameters["bias"]
-        except KeyError:  # not registered: deleted, or parametrized
+            if self._checks_input_dim:
+                self._check_input_dim(input)
+        except (KeyError, ValueError):  # not registered: deleted, or parametrized; or another number of axes
             return None
         running = mean, var, batches, self.momentum
         return fused.normalise(
@@ -129,7 +133,9 @@ class SyncBatchNorm(_BatchNorm):
         group = self._syncbn_group if self.training else _LOCAL
         try:
             vectors = self._vectors()
-        except Exception as error:  # something was deleted, or replaced, on this rank
+            if self._checks_input_dim and not _is_compiling():  # a graph could not tell the other ranks
+                self._check_input_dim(input)
+        except Exception as error:  # something was deleted or replaced, or the input does not fit, on this rank
             refuse(error, forward_message(input, self.num_features, None, None, NOTHING), group.communicator())
         return self._apply_to(input, vectors, group, epilogue, residual)
 

@@ -159,7 +159,7 @@ def test_trap_21_parametrized_layers_are_left_and_named():
     with pytest.warns(UserWarning, match="the module itself"):
         syncbn.convert_sync_batchnorm(layer)
     parametrize.remove_parametrizations(layer, "weight")
-    assert type(syncbn.convert_sync_batchnorm(layer)) is syncbn.SyncBatchNorm
+    assert isinstance(syncbn.convert_sync_batchnorm(layer), syncbn.SyncBatchNorm)
     parametrize.register_parametrization(layer, "weight", Halved())
     with pytest.warns(UserWarning, match="left as they are, synchronised"):
         syncbn.revert_sync_batchnorm(layer)
@@ -284,3 +284,105 @@ def test_convert_synchronises_and_revert_ends_it():
 def test_what_is_no_model_is_refused(convert):
     with pytest.raises(TypeError, match=r"expected the model, a torch.nn.Module; got list: convert each by itself"):
         convert([nn.BatchNorm1d(2)])
+
+
+def _network():
+    torch.manual_seed(0)
+    convolution = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    return nn.Sequential(convolution, nn.Flatten(), nn.Linear(64, 5), nn.BatchNorm1d(5))
+
+
+@pytest.mark.parametrize(
+    ("cls", "shape"), [(nn.BatchNorm1d, (4, 3, 5)), (nn.BatchNorm2d, (4, 3, 5, 5)), (nn.BatchNorm3d, (4, 3, 2, 2, 2))]
+)
+def test_trap_40_a_converted_layer_stays_an_instance_of_its_class(cls, shape):
+    layers = [syncbn.convert_sync_batchnorm(cls(3)) for _ in range(2)]
+    assert type(layers[0]) is type(layers[1])
+    for twin in (*layers, copy.deepcopy(layers[0]), pickle.loads(pickle.dumps(layers[0]))):
+        assert type(twin) is type(layers[0])
+        assert isinstance(twin, cls)
+        assert isinstance(twin, syncbn.SyncBatchNorm)
+        assert repr(twin).startswith("SyncBatchNorm(3, ")
+        assert torch.equal(twin(torch.ones(shape)), torch.zeros(shape))
+    assert not isinstance(layers[0], nn.SyncBatchNorm), "DistributedDataParallel would refuse it"
+    assert type(syncbn.revert_sync_batchnorm(layers[0])) is cls
+
+
+def test_trap_40_what_was_torchs_sync_batch_norm_is_one_no_more():
+    layer = syncbn.convert_sync_batchnorm(nn.SyncBatchNorm(3))
+    assert type(layer) is syncbn.SyncBatchNorm
+
+
+def _tools(model):
+    """What some tools find by isinstance: fvcore's update_bn_stats, timm's freeze_batch_norm_2d, weight decay, thop."""
+    types = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
+    by_fvcore = [m for m in model.modules() if m.training and isinstance(m, types)]
+    by_timm = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    by_thop = [m for m in model.modules() if type(m) in types or isinstance(m, types)]
+    without_decay = [p for m in model.modules() if isinstance(m, types) for p in m.parameters(recurse=False)]
+    return [len(found) for found in (by_fvcore, by_timm, by_thop, without_decay)]
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_trap_40_tools_that_look_by_isinstance_find_converted_layers(fuse):
+    assert _tools(syncbn.convert_sync_batchnorm(_network(), fuse=fuse)) == _tools(_network()) == [2, 1, 2, 4]
+
+
+def test_trap_40_update_bn_averages_the_statistics_of_converted_layers():
+    model, plain = syncbn.convert_sync_batchnorm(_network()), _network()
+    batches = [torch.randn(4, 3, 6, 6) for _ in range(3)]
+    for network in (model, plain):
+        torch.optim.swa_utils.update_bn(batches, network)
+    torch.testing.assert_close(model.state_dict(), plain.state_dict())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_converted_layer_refuses_another_number_of_axes_as_it_did(training):
+    layer = syncbn.convert_sync_batchnorm(nn.BatchNorm2d(3)).train(training)
+    with pytest.raises(ValueError, match=r"expected 4D input \(got 3D input\)"):
+        layer(torch.randn(4, 3, 5))
+    assert layer.num_batches_tracked == 0
+
+
+def _one_rank_of_three_axes(rank, group):
+    layer = syncbn.convert_sync_batchnorm(nn.BatchNorm2d(3), group)
+    layer(torch.randn(4, 3, 5) if rank == 1 else torch.randn(4, 3, 5, 5))
+
+
+@pytest.mark.parametrize("launcher", ["thread", "gloo"])
+def test_another_number_of_axes_on_one_rank_is_an_error_on_every_rank(launcher):
+    errors = rank_errors(_one_rank_of_three_axes, 3, launcher)
+    assert "[rank 1/3] expected 4D input" in str(errors[1])
+    assert all("another rank refused its input" in str(errors[rank]) for rank in (0, 2))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    "hide",
+    [
+        torch.jit.script,
+        lambda m: torch.jit.trace(m.eval(), torch.randn(2, 3, 6, 6)),
+        lambda m: torch.export.export(m.eval(), (torch.randn(2, 3, 6, 6),)).module(),
+    ],
+    ids=["script", "trace", "export"],
+)
+def test_batch_normalisation_that_cannot_be_reached_is_named(hide):
+    inside = hide(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
+    model = nn.ModuleDict({"hidden": inside, "seen": nn.BatchNorm2d(3)})
+    with pytest.warns(UserWarning, match=r"not synchronised: .*hidden"):
+        syncbn.convert_sync_batchnorm(model)
+    assert isinstance(model["seen"], syncbn.SyncBatchNorm)
+
+
+def test_graphs_without_batch_normalisation_are_not_named():
+    model = nn.Sequential(torch.fx.symbolic_trace(nn.Sequential(nn.Linear(3, 3))), nn.BatchNorm1d(3))
+    syncbn.convert_sync_batchnorm(model)  # a warning would be an error
+
+
+def test_torch_ao_fuses_reverted_models():
+    model = syncbn.convert_sync_batchnorm(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())).eval()
+    x = torch.randn(2, 3, 6, 6)
+    expected = model(x)
+    fused = torch.ao.quantization.fuse_modules(syncbn.revert_sync_batchnorm(model), [["0", "1", "2"]])
+    assert type(fused[1]) is nn.Identity
+    torch.testing.assert_close(fused(x), expected, rtol=1e-4, atol=1e-4)
