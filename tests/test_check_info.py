@@ -21,6 +21,7 @@ from syncbn.cli.check import Case, all_cases, compare
 from syncbn.comm import shared_memory
 from syncbn.comm.torch import TorchCommunicator
 from syncbn.kernels import Running, aten, cpu, reference, selection
+from syncbn.nn import fused
 
 
 def lines_of(output, status):
@@ -85,6 +86,13 @@ def _biased_running_var(real):
 def without_cpu_kernels(monkeypatch):
     """Each frontend then has kernels of its own."""
     monkeypatch.setattr(cpu, "_library", None)
+    monkeypatch.setattr(fused, "_fused", None)
+
+
+@pytest.fixture
+def in_several_calls(monkeypatch):
+    """Layers in eager mode then call one kernel after the other."""
+    monkeypatch.setattr(fused, "_fused", None)
 
 
 @pytest.mark.usefixtures("without_cpu_kernels")
@@ -97,12 +105,14 @@ def test_wrong_count_fails_the_frontend_that_uses_it(kernels, frontend, monkeypa
     assert all(f", {frontend}, " in line for line in failed)
 
 
+@pytest.mark.usefixtures("in_several_calls")
 def test_wrong_count_in_the_cpu_kernels_fails_all(monkeypatch, capsys):
     monkeypatch.setattr(cpu, "normalise", _biased_running_var(cpu.normalise))
     assert main(["check"]) == 1
     assert len(lines_of(capsys.readouterr().out, "FAIL")) == len(list(all_cases(1)))
 
 
+@pytest.mark.usefixtures("in_several_calls")
 def test_one_float32_rounding_too_many_in_dx_fails(monkeypatch, capsys):
     real = cpu.backward_elemt
 
@@ -116,6 +126,7 @@ def test_one_float32_rounding_too_many_in_dx_fails(monkeypatch, capsys):
     assert any("float32" in line and "(dx, rank 0)" in line for line in failed)
 
 
+@pytest.mark.usefixtures("in_several_calls")
 def test_check_that_raises_is_reported_and_the_rest_go_on(monkeypatch, capsys):
     real = cpu.stats
 
@@ -139,6 +150,7 @@ def _ratios(rank, group, broken):
     case = Case("uneven", "torch", "float32", "contiguous")
     cases = [case, case._replace(frontend="numpy"), case._replace(synchronised=False)]
     if broken:
+        fused._fused = None  # which sums in shared memory by itself
         real = TorchCommunicator.all_reduce
         # Those of 2C elements pass, for check itself sums the parameters' gradients by one.
         TorchCommunicator.all_reduce = lambda self, buffer, label=None: (
@@ -161,6 +173,7 @@ def _check_with_a_rank_that_raises(rank, group):
     check_module._CASE_TIMEOUT = timedelta(seconds=3)
     cases = [Case("even", "torch", dtype, "contiguous") for dtype in ("float32", "float16", "bfloat16")]
     check_module.all_cases = lambda ranks: iter(cases)
+    fused._fused = None
     real = cpu.stats
 
     def stats(x, *arguments):

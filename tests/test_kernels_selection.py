@@ -128,6 +128,16 @@ def test_the_environment_variable_is_read(value):
     assert ("ValueError: expected the environment variable SYNCBN_KERNELS" in done.stderr) == (value == "nonsense")
 
 
+@pytest.mark.parametrize("value", ["aten", "nonsense"])
+def test_a_forced_choice_holds_for_layers_and_a_wrong_one_is_an_error_at_the_first_batch(value):
+    code = "import torch, syncbn; from syncbn.nn import fused; print(fused._fused)"
+    code += "; syncbn.SyncBatchNorm(3)(torch.ones(2, 3))"
+    environment = {**os.environ, "SYNCBN_KERNELS": value}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "None\n"
+    assert ("ValueError: expected the environment variable SYNCBN_KERNELS" in done.stderr) == (value == "nonsense")
+
+
 def _a_step(rank, group, frontend):
     if frontend == "numpy":
         syncbn.numpy.SyncBatchNorm(3, comm=group).forward(np.ones((4, 3), np.float32))
@@ -138,6 +148,7 @@ def _a_step(rank, group, frontend):
 @pytest.mark.parametrize(("frontend", "name"), [("numpy", "aten"), ("torch", "reference")])
 def test_what_a_layer_cannot_use_is_an_error_on_every_rank(frontend, name, monkeypatch):
     monkeypatch.setattr(selection, "_FORCED", name)
+    monkeypatch.setattr("syncbn.nn.fused._fused", None)  # chosen when it was imported
     errors = rank_errors(_a_step, 2, "thread", frontend)
     assert [type(error) for error in errors] == [RuntimeError] * 2
     assert all("SYNCBN_KERNELS" in str(error) for error in errors)

@@ -50,6 +50,7 @@ class EagerCall:
         """Refuses what cannot be computed, on all ranks together. To be called in the caller's own mode of autograd."""
         try:
             check_forward(input, self.num_features, self.running, weight, bias, self.eps, self.epilogue, residual)
+            select(input)
         except Exception as error:
             core.refuse(error, forward_message(input, self.num_features, weight, bias, self.running), self.comm)
 

@@ -12,10 +12,12 @@ import itertools
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as _module
 
 from ..kernels import Epilogue
 from .layer import SyncBatchNorm
+
+_has_any_global_hook: Any = _module._has_any_global_hook
 
 
 class FusedSequential(nn.Sequential):
@@ -28,7 +30,7 @@ class FusedSequential(nn.Sequential):
         """Runs the modules in turn."""
         # A proxy of torch.fx is to see every module, as is a global hook.
         if not isinstance(input, Tensor) or _has_any_global_hook():
-            return super().forward(input)
+            return super().forward(input)  # type: ignore[no-untyped-call]
         modules = iter(self._modules.values())
         following: Any = next(modules, None)
         while following is not None:
@@ -52,7 +54,8 @@ def fuse_activations(module: nn.Module) -> None:
         if type(layer).forward is nn.Sequential.forward and any(
             _epilogue_of_pair(*pair) for pair in itertools.pairwise(layer)
         ):
-            layer.__class__ = _fused_class(type(layer))
+            original: Any = type(layer)
+            layer.__class__ = _fused_class(original)
 
 
 def unfuse_activations(module: nn.Module) -> None:

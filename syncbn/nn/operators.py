@@ -205,9 +205,10 @@ def _reduce(
             return moments, _no_tensor(x, torch.float64)
     try:
         check_forward(x, num_features, running, weight, bias, eps, epilogue, residual)
+        kernels = select(x)
     except Exception as error:
         core.refuse(error, forward_message(x, num_features, weight, bias, running), comm)
-    moments, center = reduce(x, select(x), comm, mask)
+    moments, center = reduce(x, kernels, comm, mask)
     return moments, _no_tensor(x, torch.float64) if center is None else center
 
 
