@@ -24,7 +24,7 @@ ALLOWED = {
     "kernels": {"kernels", "layout", "native"},
     "launcher": set(),
     "comm": {"comm", "launcher", "native"},
-    "mpi": {"comm"},
+    "mpi": {"mpi", "comm"},
     "world": {"world", "launcher", "comm", "mpi"},
     "functional": {"core", "layout", "kernels", "comm"},
     "numpy": {"core", "layout", "kernels", "comm"},

@@ -131,7 +131,7 @@ def communicator_of(group: Any) -> Communicator | None:
     if isinstance(group, dist.ProcessGroup):
         if group.size() == 1:
             return LocalCommunicator()
-        # A group of comm.mpi_backend's has one that calls MPI with nothing in between.
+        # A group of syncbn.mpi has one that calls MPI with nothing in between.
         return getattr(group, "communicator", None) or TorchCommunicator(group)
     # What torch.distributed.new_group returns to a process outside the group differs between versions of torch.
     outside = dist.GroupMember.NON_GROUP_MEMBER

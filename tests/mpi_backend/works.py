@@ -11,8 +11,8 @@ import torch.distributed as dist
 from collectives import all_gather_single, reduce_scatter_single
 from mpi4py import MPI
 
-from syncbn.comm.mpi_tensors import reduced
-from syncbn.comm.mpi_work import MPIWork
+from syncbn.mpi.tensors import reduced
+from syncbn.mpi.work import MPIWork
 
 LARGE = 400_000  # elements: no implementation sends as much before the other side is ready
 

@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from mpi4py import MPI
 
-from .mpi_tensors import Reduction, Target, check, moved, pack, reduced, reduction
-from .mpi_work import MPIWork, refused
+from .tensors import Reduction, Target, check, moved, pack, reduced, reduction
+from .work import MPIWork, refused
 
 NAME = "mpi4py"  # of the backend
 DESTROYED = "the process group has been destroyed: make a new one"
