@@ -9,8 +9,8 @@ from typing import Any
 
 from .. import __version__, native
 from ..comm import shared_memory
+from ..environment import Launch, LaunchError, read_environment
 from ..kernels import cpu
-from ..launcher import Launch, LaunchError, read_environment
 
 _TORCH_BACKENDS = ("gloo", "nccl", "mpi", "ucc", "xccl")
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..launcher import read_environment
+from ..environment import read_environment
 from .errors import InputError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mpi4py import MPI
 
-from ..launcher import Launch, LaunchError, read_environment
+from ..environment import Launch, LaunchError, read_environment
 from .local import LocalCommunicator
 
 _IN_PLACE, _DOUBLE, _memory = MPI.IN_PLACE, MPI.DOUBLE, MPI.buffer.fromaddress

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..launcher import LaunchError, read_environment
+from ..environment import LaunchError, read_environment
 from .local import LocalCommunicator
 from .shared_memory import NOTE_BYTES, SharedMemory, join
 

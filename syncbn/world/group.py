@@ -13,7 +13,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from ..launcher import MPI_LAUNCHERS, Launch, LaunchError, read_environment
+from ..environment import MPI_LAUNCHERS, Launch, LaunchError, read_environment
 from .rendezvous import Card, abort_at_exit, call_the_roll, local_place, mpi_world, open_store
 
 if TYPE_CHECKING:

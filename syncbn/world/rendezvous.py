@@ -17,7 +17,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypedDict
 
-from ..launcher import Launch, LaunchError
+from ..environment import Launch, LaunchError
 
 # How long rank 0 waits for the others to have read that something is wrong, and they for it to say so.
 _GRACE = timedelta(seconds=10)
