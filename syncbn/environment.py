@@ -162,6 +162,19 @@ def read_environment(environ: Mapping[str, str] | None = None) -> Launch | None:
     )
 
 
+def under_launcher() -> bool:
+    """Whether a launcher (torchrun, mpirun, srun or another) made this process a rank.
+
+    A shell that srun started is a Slurm step with one task. A command typed there is not meant as a world of one, so
+    that such a step does not count.
+
+    Raises:
+        LaunchError: see read_environment.
+    """
+    launch = read_environment()
+    return launch is not None and (launch.launcher != "slurm" or launch.world_size > 1)
+
+
 def _innermost_launcher(environ: Mapping[str, str]) -> _Variables | None:
     """Returns the variables of the launcher that started this process itself. See read_environment for the rule."""
     return _TORCHRUN if "TORCHELASTIC_RUN_ID" in environ else _launcher_around_torchrun(environ)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from .. import convert_sync_batchnorm, init_process_group
+from ... import convert_sync_batchnorm, init_process_group
 from .dataset import Dataset, load_digits, load_folder, schedule
 from .errors import InputError
 from .report import draw, format_table, make_report, write_json
