@@ -15,6 +15,8 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple, NoReturn
 
+from . import environment
+
 # Added to the count by each rank with float64 input, which sends a second message: a fraction that counts stay clear of
 # (exact for up to 2^33 elements a channel and 2^20 ranks), by which ranks see that not all of them will.
 _WIDE = 2.0**-20
@@ -172,8 +174,8 @@ def refuse(error: Exception, message: Any, comm: Any) -> NoReturn:
 
 
 def rank_prefix(comm: Any) -> str:
-    """Returns what an error message starts with: `[rank 3/8] `, or nothing in a world of one."""
-    return f"[rank {comm.rank}/{comm.world_size}] " if comm.world_size > 1 else ""
+    """Returns environment.rank_prefix for the ranks of comm."""
+    return environment.rank_prefix(comm.rank, comm.world_size)
 
 
 def _check_count(count: float | None, wide: bool, comm: Any) -> None:

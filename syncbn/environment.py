@@ -15,6 +15,15 @@ _TOO_MANY_DIGITS = 19  # no rank, job or port has a number this long
 _FIRST_PORT, _PORTS, _STEPS_PER_JOB = 20000, 12768, 16
 
 
+def rank_prefix(rank: int, world_size: int) -> str:
+    """Returns how error messages start: with the rank, or with nothing in a world of one.
+
+    >>> rank_prefix(3, 8), rank_prefix(0, 1)
+    ('[rank 3/8] ', '')
+    """
+    return f"[rank {rank}/{world_size}] " if world_size > 1 else ""
+
+
 class LaunchError(RuntimeError):
     """The launcher's ranks cannot become a world. The message says why and what to do, and needs no traceback."""
 
@@ -47,6 +56,11 @@ class Launch:
     def is_mpi(self) -> bool:
         """Whether MPI itself started this process, and so can carry the address of rank 0."""
         return self.launcher in MPI_LAUNCHERS
+
+    @property
+    def prefix(self) -> str:
+        """The rank_prefix of this process's error messages."""
+        return rank_prefix(self.rank, self.world_size)
 
 
 class _Variables(NamedTuple):
@@ -256,16 +270,16 @@ def _check_agreement(environ: Mapping[str, str], variables: _Variables, rank: in
 def _check_local(
     variables: _Variables, rank: int, world_size: int, local_rank: int | None, local_world_size: int | None
 ) -> None:
+    prefix = rank_prefix(rank, world_size)
     if local_world_size is not None and not (local_rank or 0) < local_world_size <= world_size:
         raise LaunchError(
-            f"[rank {rank}/{world_size}] expected {variables.local_rank} below the number of ranks on this node, and "
-            f"that to be at most {world_size}; got {local_rank} of {local_world_size}: unset what the launcher did "
-            "not set"
+            f"{prefix}expected {variables.local_rank} below the number of ranks on this node, and that to be at most "
+            f"{world_size}; got {local_rank} of {local_world_size}: unset what the launcher did not set"
         )
     if local_rank is not None and local_rank >= world_size:
         raise LaunchError(
-            f"[rank {rank}/{world_size}] expected {variables.local_rank} below {variables.world_size}; got "
-            f"{local_rank} of {world_size}: unset what the launcher did not set"
+            f"{prefix}expected {variables.local_rank} below {variables.world_size}; got {local_rank} of {world_size}: "
+            "unset what the launcher did not set"
         )
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..environment import LaunchError, read_environment
+from ..environment import LaunchError, rank_prefix, read_environment
 from .local import LocalCommunicator
 from .shared_memory import NOTE_BYTES, SharedMemory, join
 
@@ -53,7 +53,7 @@ class TorchCommunicator:
         tensor = buffer if isinstance(buffer, torch.Tensor) else torch.from_numpy(buffer)
         if tensor.dtype != torch.float64:
             raise TypeError(
-                f"[rank {self.rank}/{self.world_size}] expected a buffer of float64 to sum; got {tensor.dtype}: "
+                f"{rank_prefix(self.rank, self.world_size)}expected a buffer of float64 to sum; got {tensor.dtype}: "
                 "convert it first"
             )
         if not tensor.is_cpu:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 from ...comm import as_communicator
+from ...environment import rank_prefix
 from ...kernels import cpu
 from .cases import Case, Outcome, all_cases, compare
 from .ranks import Ranks
@@ -25,8 +26,8 @@ def _check(seed: int, ranks: Ranks) -> int:
         try:
             outcomes = ranks.gather(outcome, alone=bool(outcome.failure))
         except TimeoutError as error:
-            where = f"[rank {ranks.rank}/{ranks.size}]"
-            print(f"FAIL  {case!s:<50}  {where} {outcome.failure}; the check ends here: {error}", flush=True)
+            failure = f"{rank_prefix(ranks.rank, ranks.size)}{outcome.failure}"
+            print(f"FAIL  {case!s:<50}  {failure}; the check ends here: {error}", flush=True)
             raise SystemExit(1) from error
         if any(outcome.failure for outcome in outcomes):
             ranks.renew()
@@ -61,7 +62,7 @@ def _passed(case: Case, outcomes: list[Outcome]) -> bool:
 
 def _describe(case: Case, outcomes: list[Outcome]) -> str:
     """Returns the worst error and the slowest rank, or what the ranks raised."""
-    failures = [f"[rank {rank}/{len(outcomes)}] {o.failure}" for rank, o in enumerate(outcomes) if o.failure]
+    failures = [f"{rank_prefix(rank, len(outcomes))}{o.failure}" for rank, o in enumerate(outcomes) if o.failure]
     if failures:
         return "; ".join(failures)
     worst = max(range(len(outcomes)), key=lambda rank: outcomes[rank].ratio)

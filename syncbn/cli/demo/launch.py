@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...environment import rank_prefix
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -124,11 +125,11 @@ def _explain(failures: dict[int, ProcessFailure], ranks: int) -> str:
     if message.startswith(input_error):  # all ranks raised it together
         return f"syncbn demo: error: {message.removeprefix(input_error)}"
     lines = [trace] if trace else []
-    lines.append(f"syncbn demo: error: [rank {first}/{ranks}] {_ending(failures[first])}: {message}")
+    lines.append(f"syncbn demo: error: {rank_prefix(first, ranks)}{_ending(failures[first])}: {message}")
     for rank in others:
         if failures[rank].exitcode != -signal.SIGTERM:  # that is the launcher ending the rest
             after = _recorded_error(failures[rank])[0].split("\n")[0]
-            lines.append(f"    afterwards [rank {rank}/{ranks}] {_ending(failures[rank])}: {after}")
+            lines.append(f"    afterwards {rank_prefix(rank, ranks)}{_ending(failures[rank])}: {after}")
     return "\n".join(lines)
 
 
