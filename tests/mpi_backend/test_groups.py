@@ -14,6 +14,8 @@ import syncbn.comm.torch
 import syncbn.mpi
 from syncbn.comm.mpi import MPICommunicator
 
+pytestmark = pytest.mark.mpi(min_size=2)
+
 # From this version on destroy_process_group tells the group.
 TELLS = "shutdown" in dir(dist.ProcessGroup)
 
