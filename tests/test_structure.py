@@ -92,11 +92,11 @@ def test_public_names_are_bound():
         _ = syncbn.SyncBatchNrom
 
 
-@pytest.mark.parametrize(
-    "path",
-    [*SOURCES, *sorted(TESTS.rglob("*.py")), *sorted((TESTS.parent / "benchmarks").glob("*.py"))],
-    ids=lambda p: p.name,
-)
+FILES = [*SOURCES, *TESTS.rglob("*.py"), *(TESTS.parent / "benchmarks").glob("*.py")]
+FILES += [path for path in (TESTS.parent / "syncbn" / "csrc").rglob("*") if path.suffix in (".cpp", ".h")]
+
+
+@pytest.mark.parametrize("path", sorted(FILES), ids=lambda p: p.name)
 def test_files_are_one_room_each(path):
     assert len(path.read_text().splitlines()) <= 400
     assert path.stem not in ("util", "utils", "helpers", "common", "misc")
