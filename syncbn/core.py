@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from typing import Any, NoReturn
 
+from . import environment
 from .comm.labels import Label
 from .kernels import PLAIN, Epilogue, is_refused
 from .kernels import Running as Running
@@ -234,8 +235,8 @@ def refuse(error: Exception, message: Any, comm: Any, label: Label | None = None
 
 
 def rank_prefix(comm: Any) -> str:
-    """Returns what an error message starts with: `[rank 3/8] `, or nothing in a world of one."""
-    return f"[rank {comm.rank}/{comm.world_size}] " if comm.world_size > 1 else ""
+    """Returns environment.rank_prefix for the ranks of comm."""
+    return environment.rank_prefix(comm.rank, comm.world_size)
 
 
 def _all_reduce(buffer: Any, label: Label | None, comm: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}
 _MISSING = [name for name in ("mpi4py", "pytest_mpi") if importlib.util.find_spec(name) is None]
 _MISSING += ["mpirun"] * (MPIRUN is None)
 needs_mpi = pytest.mark.skipif(bool(_MISSING), reason=f"there is no {', '.join(_MISSING)}")
+
+PYTEST = ("-m", "mpi4py", "-m", "pytest", "--with-mpi", "-x", "-q", "--color=no", "-p", "no:cacheprovider")
 
 # Ranks on any machine, by whoever runs the tests. Each version of Open MPI knows some of these, other libraries none.
 SETTINGS = {
@@ -64,3 +67,13 @@ def run(*command: object, timeout: float = 100, cwd: Path | None = None, **varia
 def mpirun(ranks: int, *arguments: object, timeout: float = 100, cwd: Path | None = None) -> tuple[int, str]:
     """Runs `python *arguments` on so many ranks. See run."""
     return run(MPIRUN, "-n", ranks, sys.executable, *arguments, timeout=timeout, cwd=cwd)
+
+
+def passed_on_ranks(ranks: int, folder: Path, tmp_path: Path) -> list[int]:
+    """Runs the tests of a folder on so many ranks, each of which must end well; returns how many passed on each."""
+    options = ("--timeout", "100", "--basetemp", tmp_path / "rank")
+    code, output = mpirun(ranks, *PYTEST, *options, folder, timeout=250)
+    assert code == 0, output
+    passed = [int(number) for number in re.findall(r"(\d+) passed", output)]
+    assert len(passed) == ranks, output
+    return passed

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 from syncbn.cli import main
-from syncbn.cli.dataset import load_digits, load_folder, schedule
-from syncbn.cli.errors import InputError
-from syncbn.cli.report import write_json
-from syncbn.cli.training import largest_difference
+from syncbn.cli.demo.dataset import load_digits, load_folder, schedule
+from syncbn.cli.demo.errors import InputError
+from syncbn.cli.demo.report import write_json
+from syncbn.cli.demo.training import largest_difference
 
 ROUNDING = 1e-4  # some 1000 roundings of float32; an unsynchronised run is off by 1e-2 and more
 PNG_HEADER = b"\x89PNG\r\n\x1a\n"

@@ -5,22 +5,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from mpirun import mpirun, needs_mpi, run
+from mpirun import PYTEST, mpirun, needs_mpi, passed_on_ranks, run
 
 TESTS = Path(__file__).parent
-PYTEST = ("-m", "mpi4py", "-m", "pytest", "--with-mpi", "-x", "-q", "--color=no", "-p", "no:cacheprovider")
 
 
 @needs_mpi
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_layers_over_mpi(ranks, tmp_path):
-    options = ("--timeout", "100", "--basetemp", tmp_path / "rank")
-    code, output = mpirun(ranks, *PYTEST, *options, TESTS / "mpi", timeout=250)
-    passed = [int(number) for number in re.findall(r"(\d+) passed", output)]
-    assert code == 0, output
-    assert len(passed) == ranks, output
-    assert min(passed) > 40, output
+    assert min(passed_on_ranks(ranks, TESTS / "mpi", tmp_path)) > 40
 
 
 @needs_mpi

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from .. import __version__
-from ..world import LaunchError
+from ..environment import LaunchError
 
 INTERRUPTED = 128 + 2  # the exit code that shells give a command ended by Ctrl-C
 

@@ -11,8 +11,8 @@ import numpy
 
 from .. import __version__
 from ..comm import shared_memory
+from ..environment import Launch, LaunchError, read_environment
 from ..kernels import available, choose, forced
-from ..launcher import Launch, LaunchError, read_environment
 
 _TORCH_BACKENDS = ("gloo", "nccl", "mpi", "ucc", "xccl")
 

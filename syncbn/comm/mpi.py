@@ -9,7 +9,7 @@ from typing import Any
 
 from mpi4py import MPI
 
-from ..launcher import Launch, LaunchError, read_environment
+from ..environment import Launch, LaunchError, rank_prefix, read_environment
 from .labels import Label
 from .local import LocalCommunicator
 
@@ -128,7 +128,7 @@ class MPICommunicator:
         )
 
     def _prefix(self) -> str:
-        return f"[rank {self.rank}/{self.world_size}] "
+        return rank_prefix(self.rank, self.world_size)
 
 
 def communicator_of(group: Any) -> MPICommunicator | LocalCommunicator | None:
@@ -165,7 +165,7 @@ def check_world(launch: Launch | None) -> None:
         if launch.launcher == "torchrun":
             how = "torchrun starts no MPI: start with that library's mpirun, or leave MPI out"
         raise LaunchError(
-            f"[rank {launch.rank}/{launch.world_size}] expected MPI.COMM_WORLD to have the rank and size that the "
+            f"{launch.prefix}expected MPI.COMM_WORLD to have the rank and size that the "
             f"launcher set in {launch.source}; got rank {rank} of {size}: the launcher and {library()}, which mpi4py "
             f"has loaded, do not belong together; {how}"
         )

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import native
+from ..environment import rank_prefix
 from .labels import Label
 
 NOTE_BYTES = 64  # of what join has exchanged
@@ -201,7 +202,8 @@ class SharedMemory:
         )
 
     def _error(self, expected: str, got: str, remedy: str) -> RuntimeError:
-        return RuntimeError(f"[rank {self.rank}/{self.world_size}] expected {expected}; got {got}: {remedy}")
+        prefix = rank_prefix(self.rank, self.world_size)
+        return RuntimeError(f"{prefix}expected {expected}; got {got}: {remedy}")
 
 
 _live: weakref.WeakSet[SharedMemory] = weakref.WeakSet()

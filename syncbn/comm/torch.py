@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..launcher import LaunchError, read_environment
+from ..environment import LaunchError, rank_prefix, read_environment
 from .labels import Label
 from .local import LocalCommunicator
 from .shared_memory import NOTE_BYTES, SharedMemory, join
@@ -54,7 +54,7 @@ class TorchCommunicator:
         tensor = buffer if isinstance(buffer, torch.Tensor) else torch.from_numpy(buffer)
         if tensor.dtype != torch.float64:
             raise TypeError(
-                f"[rank {self.rank}/{self.world_size}] expected a buffer of float64 to sum; got {tensor.dtype}: "
+                f"{rank_prefix(self.rank, self.world_size)}expected a buffer of float64 to sum; got {tensor.dtype}: "
                 "convert it first"
             )
         if not tensor.is_cpu:
@@ -133,7 +133,7 @@ def communicator_of(group: Any) -> Communicator | None:
     if isinstance(group, dist.ProcessGroup):
         if group.size() == 1:
             return LocalCommunicator()
-        # A group of comm.mpi_backend's has one that calls MPI with nothing in between.
+        # A group of syncbn.mpi has one that calls MPI with nothing in between.
         return getattr(group, "communicator", None) or TorchCommunicator(group)
     # What torch.distributed.new_group returns to a process outside the group differs between versions of torch.
     outside = dist.GroupMember.NON_GROUP_MEMBER

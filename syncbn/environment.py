@@ -10,9 +10,18 @@ from typing import NamedTuple
 
 MPI_LAUNCHERS = ("openmpi", "mvapich2", "hydra")
 _LOOPBACK = "127.0.0.1"
-_DIGITS = 19  # of a number that is too large to be one of ranks, jobs or ports
+_TOO_MANY_DIGITS = 19  # no rank, job or port has a number this long
 # Below Linux's range of ports for outgoing connections, any of which may be taken.
 _FIRST_PORT, _PORTS, _STEPS_PER_JOB = 20000, 12768, 16
+
+
+def rank_prefix(rank: int, world_size: int) -> str:
+    """Returns how error messages start: with the rank, or with nothing in a world of one.
+
+    >>> rank_prefix(3, 8), rank_prefix(0, 1)
+    ('[rank 3/8] ', '')
+    """
+    return f"[rank {rank}/{world_size}] " if world_size > 1 else ""
 
 
 class LaunchError(RuntimeError):
@@ -47,6 +56,11 @@ class Launch:
     def is_mpi(self) -> bool:
         """Whether MPI itself started this process, and so can carry the address of rank 0."""
         return self.launcher in MPI_LAUNCHERS
+
+    @property
+    def prefix(self) -> str:
+        """The rank_prefix of this process's error messages."""
+        return rank_prefix(self.rank, self.world_size)
 
 
 class _Variables(NamedTuple):
@@ -127,19 +141,19 @@ def read_environment(environ: Mapping[str, str] | None = None) -> Launch | None:
     True
     """
     environ = os.environ if environ is None else environ
-    variables = _innermost(environ)
+    variables = _innermost_launcher(environ)
     if variables is None:
         return None
     if variables is _TORCHRUN:
-        _check_one_torchrun(environ)
+        _refuse_torchrun_in_mpi_rank(environ)
     if variables is _SLURM and not environ.get(variables.world_size):
         variables = variables._replace(world_size="SLURM_NTASKS")
-    rank, world_size = _place(environ, variables)
+    rank, world_size = _rank_and_world_size(environ, variables)
     if variables.launcher not in ("torchrun", "environment"):
         _check_agreement(environ, variables, rank, world_size)
-    local_rank = _number(environ, variables.local_rank)
-    local_world_size = _number(environ, variables.local_world_size)
-    addr, port = environ.get("MASTER_ADDR") or None, _number(environ, "MASTER_PORT")
+    local_rank = _int_variable(environ, variables.local_rank)
+    local_world_size = _int_variable(environ, variables.local_world_size)
+    addr, port = environ.get("MASTER_ADDR") or None, _int_variable(environ, "MASTER_PORT")
     if variables.launcher == "slurm":
         local_world_size = _tasks_on_this_node(environ)
         addr = addr or (_LOOPBACK if local_world_size == world_size else _first_node(environ))
@@ -162,12 +176,25 @@ def read_environment(environ: Mapping[str, str] | None = None) -> Launch | None:
     )
 
 
-def _innermost(environ: Mapping[str, str]) -> _Variables | None:
+def under_launcher() -> bool:
+    """Whether a launcher (torchrun, mpirun, srun or another) made this process a rank.
+
+    A shell that srun started is a Slurm step with one task. A command typed there is not meant as a world of one, so
+    that such a step does not count.
+
+    Raises:
+        LaunchError: see read_environment.
+    """
+    launch = read_environment()
+    return launch is not None and (launch.launcher != "slurm" or launch.world_size > 1)
+
+
+def _innermost_launcher(environ: Mapping[str, str]) -> _Variables | None:
     """Returns the variables of the launcher that started this process itself. See read_environment for the rule."""
-    return _TORCHRUN if "TORCHELASTIC_RUN_ID" in environ else _around_torchrun(environ)
+    return _TORCHRUN if "TORCHELASTIC_RUN_ID" in environ else _launcher_around_torchrun(environ)
 
 
-def _around_torchrun(environ: Mapping[str, str]) -> _Variables | None:
+def _launcher_around_torchrun(environ: Mapping[str, str]) -> _Variables | None:
     """Returns the variables of the innermost launcher other than torchrun."""
     slurm_task = "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ
     for variables in (_OPENMPI, _MVAPICH2):
@@ -180,15 +207,15 @@ def _around_torchrun(environ: Mapping[str, str]) -> _Variables | None:
     return _ENVIRONMENT if "RANK" in environ or "WORLD_SIZE" in environ else None
 
 
-def _check_one_torchrun(environ: Mapping[str, str]) -> None:
+def _refuse_torchrun_in_mpi_rank(environ: Mapping[str, str]) -> None:
     """Refuses a torchrun of one node in one of several ranks of MPI: where each starts its own, there is no one world.
 
     Tasks of srun may be jobs of their own. Where torchrun's nodes are several, mpirun has started one on each.
     """
-    around = _around_torchrun(environ)
-    if around is None or around.launcher not in MPI_LAUNCHERS or _number(environ, "GROUP_WORLD_SIZE") != 1:
+    around = _launcher_around_torchrun(environ)
+    if around is None or around.launcher not in MPI_LAUNCHERS or _int_variable(environ, "GROUP_WORLD_SIZE") != 1:
         return
-    ranks = _number(environ, around.world_size) or 1
+    ranks = _int_variable(environ, around.world_size) or 1
     if ranks > 1:
         raise LaunchError(
             f"expected one world; got a torchrun of one node (GROUP_WORLD_SIZE=1) in one of {ranks} ranks of MPI "
@@ -198,10 +225,10 @@ def _check_one_torchrun(environ: Mapping[str, str]) -> None:
         )
 
 
-def _place(environ: Mapping[str, str], variables: _Variables) -> tuple[int, int]:
+def _rank_and_world_size(environ: Mapping[str, str], variables: _Variables) -> tuple[int, int]:
     """Returns rank and world size, which must both be there."""
     names = (variables.rank, variables.world_size)
-    rank, world_size = (_number(environ, name) for name in names)
+    rank, world_size = (_int_variable(environ, name) for name in names)
     if rank is None or world_size is None:
         values = {name: environ[name].strip() for name in names if name in environ}
         got = [f"{name}={values[name]!r}" if values.get(name) else f"an empty {name}" for name in values]
@@ -218,18 +245,18 @@ def _place(environ: Mapping[str, str], variables: _Variables) -> tuple[int, int]
     return rank, world_size
 
 
-def _number(environ: Mapping[str, str], name: str) -> int | None:
+def _int_variable(environ: Mapping[str, str], name: str) -> int | None:
     """Returns the variable's value, or None where it is unset or empty."""
     value = environ.get(name, "").strip()
-    if value and not (value.isdecimal() and len(value) < _DIGITS):
-        shown = value if len(value) < _DIGITS else f"{value[:_DIGITS]}..."
+    if value and not (value.isdecimal() and len(value) < _TOO_MANY_DIGITS):
+        shown = value if len(value) < _TOO_MANY_DIGITS else f"{value[:_TOO_MANY_DIGITS]}..."
         raise LaunchError(f"expected {name} to be a whole number; got {shown!r}: set a number, or unset it")
     return int(value) if value else None
 
 
 def _check_agreement(environ: Mapping[str, str], variables: _Variables, rank: int, world_size: int) -> None:
     """Refuses RANK or WORLD_SIZE, left over from somewhere else, that a launcher's own variables contradict."""
-    given = {name: _number(environ, name) for name in ("RANK", "WORLD_SIZE")}
+    given = {name: _int_variable(environ, name) for name in ("RANK", "WORLD_SIZE")}
     expected = {"RANK": rank, "WORLD_SIZE": world_size}
     wrong = [f"{name}={value}" for name, value in given.items() if value not in (None, expected[name])]
     if wrong:
@@ -243,16 +270,16 @@ def _check_agreement(environ: Mapping[str, str], variables: _Variables, rank: in
 def _check_local(
     variables: _Variables, rank: int, world_size: int, local_rank: int | None, local_world_size: int | None
 ) -> None:
+    prefix = rank_prefix(rank, world_size)
     if local_world_size is not None and not (local_rank or 0) < local_world_size <= world_size:
         raise LaunchError(
-            f"[rank {rank}/{world_size}] expected {variables.local_rank} below the number of ranks on this node, and "
-            f"that to be at most {world_size}; got {local_rank} of {local_world_size}: unset what the launcher did "
-            "not set"
+            f"{prefix}expected {variables.local_rank} below the number of ranks on this node, and that to be at most "
+            f"{world_size}; got {local_rank} of {local_world_size}: unset what the launcher did not set"
         )
     if local_rank is not None and local_rank >= world_size:
         raise LaunchError(
-            f"[rank {rank}/{world_size}] expected {variables.local_rank} below {variables.world_size}; got "
-            f"{local_rank} of {world_size}: unset what the launcher did not set"
+            f"{prefix}expected {variables.local_rank} below {variables.world_size}; got {local_rank} of {world_size}: "
+            "unset what the launcher did not set"
         )
 
 
@@ -261,7 +288,7 @@ def _tasks_on_this_node(environ: Mapping[str, str]) -> int | None:
     counts: list[int] = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "")):
         counts += [int(count)] * int(times or 1)
-    node = _number(environ, "SLURM_NODEID") or 0
+    node = _int_variable(environ, "SLURM_NODEID") or 0
     return counts[node] if node < len(counts) else None
 
 
@@ -274,7 +301,7 @@ def _first_node(environ: Mapping[str, str]) -> str | None:
 
 def _slurm_port(environ: Mapping[str, str]) -> int | None:
     """Returns a port that the steps of one job, and jobs of near numbers, do not share, the same on every rank."""
-    job, step = _number(environ, "SLURM_JOB_ID"), _number(environ, "SLURM_STEP_ID")
+    job, step = _int_variable(environ, "SLURM_JOB_ID"), _int_variable(environ, "SLURM_STEP_ID")
     if job is None or step is None:
         return None
     return _FIRST_PORT + (job * _STEPS_PER_JOB + step % _STEPS_PER_JOB) % _PORTS

@@ -14,6 +14,8 @@ import syncbn.comm.torch
 import syncbn.mpi
 from syncbn.comm.mpi import MPICommunicator
 
+pytestmark = pytest.mark.mpi(min_size=2)
+
 # From this version on destroy_process_group tells the group.
 TELLS = "shutdown" in dir(dist.ProcessGroup)
 
@@ -140,7 +142,7 @@ def test_broadcast_of_many_tensors_at_once():
 def test_ranks_other_than_mpis_are_refused():
     from torch._C._distributed_c10d import _DistributedBackendOptions
 
-    from syncbn.comm.mpi_backend import create
+    from syncbn.mpi.backend import create
 
     asked = _DistributedBackendOptions()
     asked.store, asked.group_id, asked.timeout = dist.HashStore(), "wrong", timedelta(seconds=1)
@@ -154,4 +156,4 @@ def test_ranks_other_than_mpis_are_refused():
 def test_nothing_warns_when_the_backend_is_registered_again():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        syncbn.comm.mpi_backend.register()
+        syncbn.mpi.backend.register()

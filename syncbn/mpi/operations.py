@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 from mpi4py import MPI
 
-from .mpi_tensors import Reduction, Target, check, moved, pack, reduced, reduction
-from .mpi_work import MPIWork, refused
+from ..environment import rank_prefix
+from .tensors import Reduction, Target, check, moved, pack, reduced, reduction
+from .work import MPIWork, refused
 
 NAME = "mpi4py"  # of the backend
 DESTROYED = "the process group has been destroyed: make a new one"
@@ -40,7 +41,7 @@ class Operations(dist.ProcessGroup):
         self._comm, self._size = comm, comm.Get_size()
         self._timeout = timeout
         self._closed = False
-        self._prefix = f"[rank {self.rank()}/{self._size}] "
+        self._prefix = rank_prefix(self.rank(), self._size)
         self._pending: list[MPIWork] = []
 
     # -- operations whose result is the same everywhere ---------------------------------------------------------------

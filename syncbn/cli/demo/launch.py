@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..launcher import read_environment
+from ...environment import rank_prefix
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -26,21 +26,12 @@ _LAUNCHER_PID = "SYNCBN_LAUNCHER_PID"
 _SHUTDOWN_SECONDS = 5  # from SIGTERM to SIGKILL
 
 
-def under_launcher() -> bool:
-    """Returns whether this process is a rank already: of torchrun, mpirun, srun or another launcher.
-
-    A shell that srun started is a Slurm task of its own; what is typed there is not meant as a world of one.
-    """
-    launch = read_environment()
-    return launch is not None and (launch.launcher != "slurm" or launch.world_size > 1)
-
-
 def launched_here() -> bool:
-    """Returns whether this process is a rank that `launch` started."""
+    """Returns whether this process is a rank that `launch_ranks` started."""
     return _LAUNCHER_PID in os.environ
 
 
-def launch(ranks: int, arguments: list[str]) -> int:
+def launch_ranks(ranks: int, arguments: list[str]) -> int:
     """Runs `python *arguments` as so many ranks on this machine and returns the exit code.
 
     A rank that fails ends all, with its own error on stderr. So does Ctrl-C, or a termination of this process.
@@ -134,11 +125,11 @@ def _explain(failures: dict[int, ProcessFailure], ranks: int) -> str:
     if message.startswith(input_error):  # all ranks raised it together
         return f"syncbn demo: error: {message.removeprefix(input_error)}"
     lines = [trace] if trace else []
-    lines.append(f"syncbn demo: error: [rank {first}/{ranks}] {_ending(failures[first])}: {message}")
+    lines.append(f"syncbn demo: error: {rank_prefix(first, ranks)}{_ending(failures[first])}: {message}")
     for rank in others:
         if failures[rank].exitcode != -signal.SIGTERM:  # that is the launcher ending the rest
             after = _recorded_error(failures[rank])[0].split("\n")[0]
-            lines.append(f"    afterwards [rank {rank}/{ranks}] {_ending(failures[rank])}: {after}")
+            lines.append(f"    afterwards {rank_prefix(rank, ranks)}{_ending(failures[rank])}: {after}")
     return "\n".join(lines)
 
 

@@ -14,6 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 import syncbn
 from syncbn.comm.torch import TorchCommunicator
 
+pytestmark = pytest.mark.mpi(min_size=2)
+
 STEPS = 10
 # Ten steps, each some ten operations deep, of relative error 2^-53 * sqrt(1000 terms), and a margin of 3.
 ROUNDING = 1e-12

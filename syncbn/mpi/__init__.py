@@ -13,8 +13,8 @@ call MPI directly. Start with `mpirun -n 4 python -m mpi4py train.py`, and one r
 from __future__ import annotations
 
 try:
-    from .comm.mpi_backend import MPIProcessGroup as MPIProcessGroup
-    from .comm.mpi_backend import register
+    from .backend import MPIProcessGroup as MPIProcessGroup
+    from .backend import register
 except ModuleNotFoundError as error:
     if error.name != "mpi4py":
         raise

@@ -19,8 +19,8 @@ from mpi4py import MPI
 from torch._C._distributed_c10d import HashStore, Store, TCPStore
 from torch.distributed.rendezvous import _rendezvous_handlers, register_rendezvous_handler
 
-from .mpi import MPICommunicator, communicator_of
-from .mpi_operations import DESTROYED, NAME, Operations
+from ..comm.mpi import MPICommunicator, communicator_of
+from .operations import DESTROYED, NAME, Operations
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that torch.distributed reads
 _TRY_SECONDS = 5.0  # for one of the addresses of the host of rank 0

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .. import __version__
+from ... import __version__
 
 Report = dict[str, Any]  # settings, versions, runs: what demo.json holds
 

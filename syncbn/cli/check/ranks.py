@@ -9,8 +9,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ..world import World, init_process_group
-from .launch import under_launcher
+from ...environment import under_launcher
+from ...world import World, init_process_group
 
 _REPORT_TIMEOUT = timedelta(seconds=600)
 

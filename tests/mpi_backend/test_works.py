@@ -8,11 +8,13 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from collectives import all_gather_single, reduce_scatter_single
 from mpi4py import MPI
+from test_collectives import all_gather_single, reduce_scatter_single
 
-from syncbn.comm.mpi_tensors import reduced
-from syncbn.comm.mpi_work import MPIWork
+from syncbn.mpi.tensors import reduced
+from syncbn.mpi.work import MPIWork
+
+pytestmark = pytest.mark.mpi(min_size=2)
 
 LARGE = 400_000  # elements: no implementation sends as much before the other side is ready
 

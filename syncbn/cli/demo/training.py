@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import scale_loss
+from ... import scale_loss
 from .dataset import Dataset
 
 Snapshot = dict[str, Tensor]

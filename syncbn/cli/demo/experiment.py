@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from .. import convert_sync_batchnorm, init_process_group
+from ... import convert_sync_batchnorm, init_process_group
+from ...environment import rank_prefix
 from .dataset import Dataset, load_digits, load_folder, schedule
 from .errors import InputError
 from .report import draw, format_table, make_report, write_json
@@ -102,7 +103,7 @@ def _prepare(arguments: argparse.Namespace, ranks: int) -> tuple[Dataset, list[l
     dist.all_gather_object(answers, answer)
     for rank, said in enumerate(answers):
         if isinstance(said, str):
-            raise InputError(said if answers.count(said) == ranks else f"[rank {rank}/{ranks}] {said}")
+            raise InputError(said if answers.count(said) == ranks else f"{rank_prefix(rank, ranks)}{said}")
     if prepared is None or len(set(answers)) > 1:
         raise InputError(
             f"expected the same images on every rank; got different ones (checksums {answers}): "
