@@ -222,4 +222,4 @@ def test_trap_29_ddp_broadcasts_rank_0s_statistics_over_those_of_other_groups():
     assert run_ranks(_sub_groups, 3, "gloo", True) == own
     broadcast = [*own[:2], [50.25, 0.5 * 3.0 + 0.5 * 200.5]]  # its second step goes on from rank 0's 3.0
     assert run_ranks(_sub_groups, 3, "gloo", False) == broadcast
-    assert "`broadcast_buffers=False`" in (Path(__file__).parent.parent / "README.md").read_text()
+    assert "`broadcast_buffers=False`" in (Path(__file__).parent.parent / "syncbn" / "README.md").read_text()

@@ -9,7 +9,8 @@ import pytest
 from mpirun import mpirun, needs_mpi, run
 
 README = Path(__file__).parent.parent / "README.md"
-EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+GUIDE = README.parent / "syncbn" / "README.md"
+EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text() + GUIDE.read_text(), re.DOTALL)
 
 
 def torchrun(script, tmp_path):
@@ -45,7 +46,7 @@ def test_the_numpy_example_runs_without_torch(tmp_path):
 @needs_mpi
 def test_the_mpi_example_runs_under_mpirun(tmp_path):
     (tmp_path / "norm.py").write_text(EXAMPLES[2])
-    assert "mpirun -n 2 python -m mpi4py norm.py" in README.read_text().replace("\n", " ")
+    assert "mpirun -n 2 python -m mpi4py norm.py" in GUIDE.read_text().replace("\n", " ")
     code, output = mpirun(2, "-m", "mpi4py", "norm.py", cwd=tmp_path)
     assert code == 0, output
     means = re.findall(r"rank (\d) of 2: (\[.*\])", output)
@@ -57,3 +58,24 @@ def test_there_are_exactly_two_commands_for_a_fresh_machine():
     section = README.read_text().partition("## Try it")[2].partition("\n## ")[0]
     (block,) = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
     assert block.splitlines() == ["python3 launch/run.py demo", "python3 launch/run.py test"]
+
+
+def test_it_is_short_and_links_to_files_that_exist():
+    text = README.read_text()
+    assert len(text.splitlines()) <= 150
+    links = re.findall(r"\]\(([^)#]+)", text)
+    assert len(links) > 3
+    assert all((README.parent / link).exists() for link in links)
+
+
+def test_the_table_of_speed_is_that_of_the_results():
+    from benchmarks import tables
+
+    assert tables.BEGIN + tables.table(tables.read()) + tables.END in README.read_text()
+
+
+def test_the_example_of_one_pass_runs(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", EXAMPLES[3]], capture_output=True, text=True, cwd=tmp_path, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
