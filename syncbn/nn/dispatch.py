@@ -131,7 +131,7 @@ def running_stats_norm(
         raise ValueError(
             "expected running_mean and running_var when not training; got None: pass them, or training=True"
         )
-    is_eager = is_plain(input, weight, bias)
+    is_eager = not torch.compiler.is_compiling() and is_plain(input, weight, bias)
     if is_eager:
         check_batch(input, 0, Running(running_mean, running_var), weight, bias, eps)
     if any(v is not None and v.dtype != input.dtype for v in (running_mean, running_var, weight, bias)):
