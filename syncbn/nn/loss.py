@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Real
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from .. import core
 from ..comm import Communicator, as_communicator, communicator_named, named_group
 from .dispatch import is_traced
-from .operators import library, order_tensors
+from .operators import in_order, library
 
 
 def scale_loss(loss: Tensor, batch_size: float | Tensor, process_group: Any = None) -> Tensor:
@@ -41,13 +42,21 @@ def scale_loss(loss: Tensor, batch_size: float | Tensor, process_group: Any = No
     """
     group = named_group(process_group)
     if is_traced(loss):
-        size = torch.as_tensor(batch_size, dtype=torch.float64, device=loss.device)
-        factor = torch.ops.syncbn.loss_factor.default(loss, size, order_tensors(loss.device)[0], group)
+        size = _as_tensor(batch_size, loss.device)
+        factor = torch.ops.syncbn.loss_factor.default(loss.detach(), size, group)
     else:
         factor = loss_factor(loss, batch_size, as_communicator(process_group))
     # Of no samples the mean may be NaN.
     scaled: Tensor = torch.where(factor == 0, loss.nan_to_num(), loss) * factor.to(loss.dtype)
     return scaled
+
+
+def _as_tensor(batch_size: float | Tensor, device: torch.device) -> Tensor:
+    """Returns batch_size for a graph; NaN, which the operator refuses on all ranks, for what is no number."""
+    if isinstance(batch_size, Tensor):
+        return batch_size.detach().to(device)
+    is_number = isinstance(batch_size, (Real, torch.SymInt, torch.SymFloat))
+    return torch.full((), batch_size if is_number else math.nan, dtype=torch.float64, device=device)
 
 
 def loss_factor(loss: Tensor, batch_size: float | Tensor, comm: Communicator) -> Tensor:
@@ -83,15 +92,22 @@ def _checked(loss: Tensor, batch_size: float | Tensor) -> float:
     return float(batch_size)
 
 
-def _loss_factor(loss: Tensor, batch_size: Tensor, order: Tensor, group: str) -> Tensor:
+def _loss_factor(loss: Tensor, batch_size: Tensor, group: str) -> Tensor:
+    factor: Tensor = in_order(lambda after: torch.ops.syncbn.loss_reduce.default(loss, batch_size, after, group))
+    return factor
+
+
+def _loss_reduce(loss: Tensor, batch_size: Tensor, after: Tensor | None, group: str) -> Tensor:
     return loss_factor(loss, batch_size, communicator_named(group))
 
 
+library.define("loss_factor(Tensor loss, Tensor batch_size, str group) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 library.define(
-    "loss_factor(Tensor loss, Tensor batch_size, Tensor(a!) order, str group) -> Tensor",
+    "loss_reduce(Tensor loss, Tensor batch_size, Tensor? after, str group) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-library.impl("loss_factor", _loss_factor, "CompositeExplicitAutograd")
+library.impl("loss_factor", _loss_factor, "CompositeImplicitAutograd")
+library.impl("loss_reduce", _loss_reduce, "CompositeExplicitAutograd")
 torch.library.register_fake(
-    "syncbn::loss_factor", lambda loss, *_: loss.new_empty((), dtype=torch.float64), lib=library
+    "syncbn::loss_reduce", lambda loss, *_: loss.new_empty((), dtype=torch.float64), lib=library
 )
