@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from statistics import mode
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from ..arguments import check_arguments
-from ..core import Running
+from ..core import NOTHING, Running
 from ..kernels import PLAIN, Epilogue, check_epilogue
 
 
@@ -72,6 +74,43 @@ def check_memory(name: str, v: Any) -> None:
     else:
         return
     raise TypeError(f"expected {name} to be a dense torch.Tensor; got {kind}: convert it first")
+
+
+def check_operator(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    epilogue: Epilogue,
+    running: Running = NOTHING,
+    eps: float = 1.0,
+    alike: Mapping[str, Tensor | None] = MappingProxyType({}),
+) -> None:
+    """Refuses arguments of an operator that do not fit each other, with which the kernels would leave their memory.
+
+    Args:
+        x, weight, bias, running, eps, epilogue: as check_forward.
+        alike: what must have the shape, dtype and device of x, or be None, by name.
+    """
+    check_batch(x, 0, running, weight, bias, eps)
+    check_epilogue(epilogue)
+    for name, v in alike.items():
+        if v is not None:
+            check_memory(name, v)
+            if (v.shape, v.dtype, v.device) != (x.shape, x.dtype, x.device):
+                raise ValueError(
+                    f"expected {name} of x's shape, dtype and device, {tuple(x.shape)} {x.dtype} on {x.device}; got "
+                    f"{tuple(v.shape)} {v.dtype} on {v.device}: pass what forward took and returned"
+                )
+
+
+def check_vector(name: str, v: Tensor, length: int, device: torch.device) -> None:
+    """Refuses what is no contiguous float64 vector of that length."""
+    check_memory(name, v)
+    if (v.shape, v.dtype, v.device) != ((length,), torch.float64, device) or not v.is_contiguous():
+        raise ValueError(
+            f"expected {name} to be a contiguous vector of {length} torch.float64 on {device}; got {tuple(v.shape)} "
+            f"{v.dtype} on {v.device}, strides {v.stride()}: pass what the operator before returned"
+        )
 
 
 def _has_memory(v: Tensor) -> bool:

@@ -31,7 +31,7 @@ from ..core import Running
 from ..kernels import Epilogue, fused, select
 from ..kernels.contract import refuse_mask
 from .autograd import BatchStatsNorm
-from .checks import backward_message, check_forward, check_memory, forward_message
+from .checks import backward_message, check_forward, check_operator, check_vector, forward_message
 from .outputs import (
     empty_like,
     fake_backward_elemt,
@@ -278,6 +278,9 @@ def _normalise(
             y, _, count = done
             core.check_count(count, communicator_named(group))
             return y, statistics
+    check_operator(x, weight, bias, epilogue, running, eps, {"residual": residual})
+    check_vector("moments", moments, 2 * x.shape[1] + 1, x.device)
+    check_vector("center", center, x.shape[1] if center.numel() else 0, x.device)
     y = empty_like(x)
     core.normalise(
         x, y, weight, bias, running, eps, select(x), communicator_named(group), statistics,
@@ -310,7 +313,10 @@ def _backward_reduce(
             found = (v if is_there else no_tensor(x, x.dtype) for v, is_there in zip(done[1:], exist, strict=True))
             return done[0], *found  # type: ignore[return-value]
     try:
-        check_memory("a gradient", dy)
+        check_operator(x, weight, bias, epilogue, alike={"a gradient": dy, "gate": gate})
+        check_vector("statistics", statistics, 2 * x.shape[1] + 1, x.device)
+        if bias_dtype is not None and not bias_dtype.is_floating_point:
+            raise TypeError(f"expected bias_dtype to be a floating dtype; got {bias_dtype}: pass that of the bias")
     except Exception as error:
         core.refuse(error, backward_message(statistics.numel() // 2, statistics), comm)
     grad_weight, grad_bias, g = gradients(x, weight, bias_dtype, gate)
@@ -337,6 +343,9 @@ def _backward_elemt(
         done = fused.backward_elemt(dy, x, statistics, sums, weight, bias, epilogue)
         if done is not None:
             return done
+    check_operator(x, weight, bias, epilogue, alike={"a gradient": dy})
+    check_vector("statistics", statistics, 2 * x.shape[1] + 1, x.device)
+    check_vector("sums", sums, 2 * x.shape[1], x.device)
     dx = empty_like(x)
     select(x).backward_elemt(dy, x, statistics, weight, bias, sums, dx, epilogue, mask)
     return dx
@@ -344,6 +353,10 @@ def _backward_elemt(
 
 def _all_reduce(v: Tensor, after: Tensor | None, group: str) -> Tensor:
     comm = communicator_named(group)
+    try:
+        check_vector("v", v, v.numel(), v.device)
+    except Exception as error:
+        core.refuse(error, torch.empty(v.numel(), dtype=torch.float64, device=v.device), comm)
     total = v.clone()
     comm.all_reduce(total)
     return total
