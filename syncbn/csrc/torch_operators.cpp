@@ -133,7 +133,7 @@ struct Batch {
   }
 };
 
-// A dense CPU vector, or no vector: of no elements.
+// A dense CPU vector, or none: kernels/fused.py's NONE, an int64 vector of no elements, stands for what is not there.
 struct Vector {
   Handle tensor;
   std::int64_t dim = 0, *sizes = nullptr, *strides = nullptr;
@@ -151,7 +151,7 @@ struct Vector {
     torch_api.get_strides(tensor, &strides), torch_api.get_dtype(tensor, &dtype);
     torch_api.get_data_ptr(tensor, &data);
   }
-  bool is_none() const { return dim == 1 && sizes[0] == 0; }
+  bool is_none() const { return dim == 1 && sizes[0] == 0 && dtype == torch_api.int64; }
   void* address() const { return is_none() ? nullptr : data; }
   bool is_of(long c) const { return dim == 1 && sizes[0] == c && (c == 1 || strides[0] == 1) && data; }
   bool are_sums_of(long length) const { return dtype == torch_api.float64 && is_of(length); }
@@ -210,7 +210,7 @@ void eager_forward(Value* stack, std::uint64_t, std::uint64_t) {
   const Batch x(handle(stack[0])), residual(handle(stack[3]));
   const Vector weight(stack[1]), bias(stack[2]), mean(stack[4]), var(stack[5]), moments(stack[7]);
   const int code = x.is_plain ? code_of(x.dtype) : -1;
-  const bool has_residual = residual.dim > 1;
+  const bool has_residual = !Vector(stack[3]).is_none();
   void* batches = nullptr;
   bool is_plain = code > kFloat64 && weight.is_float_of(x.c) && bias.is_float_of(x.c) &&
                   (!has_residual || x.matches(residual)) &&
@@ -257,7 +257,7 @@ void eager_backward(Value* stack, std::uint64_t, std::uint64_t) {
   const Batch dy(handle(stack[0])), x(handle(stack[1])), gate(handle(stack[4]));
   const Vector weight(stack[2]), bias(stack[3]), statistics(stack[5]), given(stack[6]);
   const int code = x.is_plain ? code_of(x.dtype) : -1;
-  const bool has_gate = gate.dim > 1, has_bias = stack[7] & 1;
+  const bool has_gate = !Vector(stack[4]).is_none(), has_bias = stack[7] & 1;
   const auto nothing = [&] { return value(again(x.tensor)); };
   if (!(code > kFloat64 && x.matches(dy) && weight.is_float_of(x.c) && bias.is_float_of(x.c) &&
         (!has_gate || x.matches(gate)) && statistics.are_sums_of(2 * x.c + 1) &&

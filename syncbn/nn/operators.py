@@ -242,7 +242,7 @@ def _reduce(
             moments = fused.stats(x, weight, bias, residual, running_mean, running_var, epilogue)
         if moments is None or x.shape[1] != (num_features or x.shape[1]):
             check_forward(x, num_features, running, weight, bias, eps, epilogue, residual)
-        kernels = None if moments is not None else select(x)
+        kernels = select(x) if moments is None else None
     except Exception as error:
         core.refuse(error, forward_message(x, num_features, weight, bias, running), comm)
     if moments is not None:

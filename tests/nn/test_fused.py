@@ -175,6 +175,19 @@ def test_over_a_communicator_of_ones_own_it_sends_one_message_each_way():
     assert [messages for _, messages in results] == [2, 2, 2]
 
 
+@pytest.mark.parametrize("shape", [(3,), (), (0,)])
+def test_a_residual_of_few_axes_is_refused(shape):
+    with pytest.raises(ValueError, match="expected a residual"):
+        make(3, "relu")(torch.randn(4, 3, 5), torch.ones(shape))
+
+
+def test_a_weight_without_elements_is_refused():
+    layer = make(3)
+    layer.weight = torch.nn.Parameter(torch.ones(0))
+    with pytest.raises(ValueError, match="of one shape"):
+        layer(torch.randn(4, 3))
+
+
 def test_nothing_is_registered_without_torchs_c_interface(monkeypatch):
     assert registered() is not None
     monkeypatch.setattr(fused, "_fused", None)
