@@ -1,4 +1,4 @@
-"""What the launcher's environment variables say about this process. Reads only: no torch, no MPI, no messages."""
+"""Reads a process's rank and world size from the launcher's environment variables. No torch, no MPI, no messages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 MPI_LAUNCHERS = ("openmpi", "mvapich2", "hydra")
 _LOOPBACK = "127.0.0.1"
 _TOO_MANY_DIGITS = 19  # no rank, job or port has a number this long
-# Below Linux's range of ports for outgoing connections, any of which may be taken.
+# Below the range from which Linux takes ports for outgoing connections.
 _FIRST_PORT, _PORTS, _STEPS_PER_JOB = 20000, 12768, 16
 
 
@@ -25,21 +25,21 @@ def rank_prefix(rank: int, world_size: int) -> str:
 
 
 class LaunchError(RuntimeError):
-    """The launcher's ranks cannot become a world. The message says why and what to do, and needs no traceback."""
+    """The ranks cannot form a world. The message says why and what to do; no traceback is needed."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """This process's place among those that a launcher started, as far as the environment says.
+    """What the environment says about this process and its launch.
 
     Attributes:
         launcher: torchrun, openmpi, mvapich2, hydra (MPICH's or Intel MPI's mpirun), slurm (srun) or environment
-            (RANK and WORLD_SIZE, set by whoever it was).
-        rank, world_size: this process's number, from 0, and how many there are.
+            (RANK and WORLD_SIZE, from any other).
+        rank, world_size: this process's rank and the number of ranks.
         local_rank, local_world_size: the same among the processes of this node, or None.
-        master_addr, master_port: where rank 0 can be reached, given or derived from the job, or None.
-        job: what tells this job from others, or "".
-        source: the variables that rank and world_size are from, for people.
+        master_addr, master_port: rank 0's address, given or derived from the Slurm job, or None.
+        job: identifies this job, or "".
+        source: names of the variables that gave rank and world_size, for messages.
     """
 
     launcher: str
@@ -54,7 +54,7 @@ class Launch:
 
     @property
     def is_mpi(self) -> bool:
-        """Whether MPI itself started this process, and so can carry the address of rank 0."""
+        """Whether an MPI launcher started this process, so that MPI can broadcast rank 0's address."""
         return self.launcher in MPI_LAUNCHERS
 
     @property
@@ -64,7 +64,7 @@ class Launch:
 
 
 class _Variables(NamedTuple):
-    """The variables of a launcher; those of local rank and size, and of the job, may be unset."""
+    """Names of a launcher's variables. Only rank and world_size must be set."""
 
     launcher: str
     rank: str
@@ -98,7 +98,7 @@ _MVAPICH2 = _Variables(
     "MV2_COMM_WORLD_LOCAL_SIZE",
 )
 _HYDRA = _Variables("hydra", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
-# The step's number of tasks: SLURM_NTASKS is the job's in an interactive step, which has one task.
+# Not SLURM_NTASKS: in an interactive step, of one task, that is the job's number of tasks.
 _SLURM = _Variables(
     "slurm",
     "SLURM_PROCID",
@@ -111,28 +111,28 @@ _ENVIRONMENT = _Variables("environment", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LO
 
 
 def read_environment(environ: Mapping[str, str] | None = None) -> Launch | None:
-    """Returns this process's place in the job that a launcher made it part of, or None where there is no launcher.
+    """Returns this process's rank, world size and so on, or None where no launcher started it.
 
-    Launchers nest, and the variables of the outer ones stay visible. So the innermost is looked for first:
+    Launchers nest, and the variables of outer ones stay visible, so that the innermost is looked for first:
 
-    1. torchrun, by TORCHELASTIC_RUN_ID: it runs inside srun, mpirun or a Kubernetes job, never around them. Inside of
-       mpirun with several ranks it must have several nodes, too.
-    2. Open MPI, by OMPI_COMM_WORLD_*; MVAPICH2, by MV2_COMM_WORLD_*; MPICH and Intel MPI, by PMI_RANK. Within a Slurm
-       allocation their ranks carry SLURM_PROCID of the daemons that started them. PMI_RANK without MPI_LOCALRANKID
-       within a Slurm step is srun --mpi=pmi2.
-    3. srun, by SLURM_STEP_ID and SLURM_PROCID. A batch script has the second alone: it is no task.
-    4. RANK and WORLD_SIZE, which a PyTorchJob or a script of one's own sets.
+    1. torchrun, by TORCHELASTIC_RUN_ID: it runs inside srun, mpirun or a Kubernetes job, never around them. Inside
+       mpirun with several ranks, torchrun must span several nodes.
+    2. Open MPI, by OMPI_COMM_WORLD_*; MVAPICH2, by MV2_COMM_WORLD_*; MPICH and Intel MPI, by PMI_RANK. In a Slurm
+       allocation their ranks inherit SLURM_PROCID from MPI's daemons. PMI_RANK without MPI_LOCALRANKID in a Slurm step
+       is srun --mpi=pmi2.
+    3. srun, by SLURM_STEP_ID and SLURM_PROCID. A batch script, which is no task, has only SLURM_PROCID.
+    4. RANK and WORLD_SIZE, which a PyTorchJob or a user's script sets.
 
-    In 2 and 3 RANK and WORLD_SIZE may be set too, to the same numbers.
+    In 2 and 3 RANK and WORLD_SIZE may also be set, to the same numbers.
 
-    MASTER_ADDR and MASTER_PORT are taken as given. In a Slurm step without them rank 0's node is the first of the
-    step's list, and the port follows from the job's and the step's number.
+    MASTER_ADDR and MASTER_PORT are used where set. In a Slurm step without them, rank 0 is on the first node of the
+    step's list, and the port is computed from the numbers of job and step.
 
     Args:
         environ: the environment variables; os.environ if None.
 
     Raises:
-        LaunchError: variables that are incomplete, no numbers, out of range or contradictory.
+        LaunchError: variables that are incomplete, not numbers, out of range or contradictory.
 
     >>> launch = read_environment({"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"})
     >>> launch.launcher, launch.rank, launch.world_size, launch.local_rank
@@ -177,10 +177,9 @@ def read_environment(environ: Mapping[str, str] | None = None) -> Launch | None:
 
 
 def under_launcher() -> bool:
-    """Whether a launcher (torchrun, mpirun, srun or another) made this process a rank.
+    """Returns whether a launcher (torchrun, mpirun, srun or another) started this process as a rank.
 
-    A shell that srun started is a Slurm step with one task. A command typed there is not meant as a world of one, so
-    that such a step does not count.
+    A Slurm step of one task does not count: it may be an interactive shell, whose commands are no ranks.
 
     Raises:
         LaunchError: see read_environment.
@@ -190,7 +189,7 @@ def under_launcher() -> bool:
 
 
 def _innermost_launcher(environ: Mapping[str, str]) -> _Variables | None:
-    """Returns the variables of the launcher that started this process itself. See read_environment for the rule."""
+    """Returns the variables of the launcher that started this process. See read_environment for the order."""
     return _TORCHRUN if "TORCHELASTIC_RUN_ID" in environ else _launcher_around_torchrun(environ)
 
 
@@ -208,9 +207,10 @@ def _launcher_around_torchrun(environ: Mapping[str, str]) -> _Variables | None:
 
 
 def _refuse_torchrun_in_mpi_rank(environ: Mapping[str, str]) -> None:
-    """Refuses a torchrun of one node in one of several ranks of MPI: where each starts its own, there is no one world.
+    """Refuses a one-node torchrun inside one of several MPI ranks: each rank would start a world of its own.
 
-    Tasks of srun may be jobs of their own. Where torchrun's nodes are several, mpirun has started one on each.
+    srun is not checked: its tasks may be independent jobs. A torchrun over several nodes is one world, with one agent
+    per MPI rank.
     """
     around = _launcher_around_torchrun(environ)
     if around is None or around.launcher not in MPI_LAUNCHERS or _int_variable(environ, "GROUP_WORLD_SIZE") != 1:
@@ -226,7 +226,7 @@ def _refuse_torchrun_in_mpi_rank(environ: Mapping[str, str]) -> None:
 
 
 def _rank_and_world_size(environ: Mapping[str, str], variables: _Variables) -> tuple[int, int]:
-    """Returns rank and world size, which must both be there."""
+    """Returns rank and world size; both must be set."""
     names = (variables.rank, variables.world_size)
     rank, world_size = (_int_variable(environ, name) for name in names)
     if rank is None or world_size is None:
@@ -255,7 +255,7 @@ def _int_variable(environ: Mapping[str, str], name: str) -> int | None:
 
 
 def _check_agreement(environ: Mapping[str, str], variables: _Variables, rank: int, world_size: int) -> None:
-    """Refuses RANK or WORLD_SIZE, left over from somewhere else, that a launcher's own variables contradict."""
+    """Refuses a stale RANK or WORLD_SIZE that contradicts the launcher's own variables."""
     given = {name: _int_variable(environ, name) for name in ("RANK", "WORLD_SIZE")}
     expected = {"RANK": rank, "WORLD_SIZE": world_size}
     wrong = [f"{name}={value}" for name, value in given.items() if value not in (None, expected[name])]
@@ -284,7 +284,7 @@ def _check_local(
 
 
 def _tasks_on_this_node(environ: Mapping[str, str]) -> int | None:
-    """Returns how many tasks of the Slurm step are on this node: 3 of "2(x2),3" for node 2."""
+    """Returns the number of the Slurm step's tasks on this node: with "2(x2),3", 3 on node 2."""
     counts: list[int] = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "")):
         counts += [int(count)] * int(times or 1)
@@ -293,14 +293,14 @@ def _tasks_on_this_node(environ: Mapping[str, str]) -> int | None:
 
 
 def _first_node(environ: Mapping[str, str]) -> str | None:
-    """Returns the first host of the Slurm step's list: gpu007 of "gpu[007-009,12],cpu1"."""
+    """Returns the first host in the Slurm step's list: gpu007 in "gpu[007-009,12],cpu1"."""
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or ""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group()) if first and first.group() else None
 
 
 def _slurm_port(environ: Mapping[str, str]) -> int | None:
-    """Returns a port that the steps of one job, and jobs of near numbers, do not share, the same on every rank."""
+    """Returns a port, the same on every rank, that differs between steps of a job and between recent jobs."""
     job, step = _int_variable(environ, "SLURM_JOB_ID"), _int_variable(environ, "SLURM_STEP_ID")
     if job is None or step is None:
         return None

@@ -37,7 +37,7 @@ def joined(world_size, timeout=timedelta(seconds=30)):
     barrier, notes = threading.Barrier(world_size), [b""] * world_size
 
     def exchange(rank, note):
-        assert len(note) == shared_memory.NOTE_BYTES
+        assert len(note) == shared_memory.HANDSHAKE_BYTES
         notes[rank] = note
         barrier.wait()
         found = list(notes)

@@ -130,71 +130,71 @@ def launch_of(rank, world_size, port, **changes):
     return Launch(rank=rank, world_size=world_size, **values)
 
 
-def card_of(launch, **changes):
-    card = {"host": "node0", "pid": 1, "world_size": launch.world_size, "backend": "gloo", "device": "cpu"}
-    return card | {"gpus": [], "local_rank": None} | changes
+def info_of(launch, **changes):
+    info = {"host": "node0", "pid": 1, "world_size": launch.world_size, "backend": "gloo", "device": "cpu"}
+    return info | {"gpus": [], "local_rank": None} | changes
 
 
-def roll_of(cards, world_size, monkeypatch, seconds=60.0, launches=None):
-    """Lets threads be the ranks {rank: changes of its card}; returns what each got or raised."""
-    monkeypatch.setattr(rendezvous, "_meetings", itertools.repeat(0))
+def infos_of(infos, world_size, monkeypatch, seconds=60.0, launches=None):
+    """Lets threads be the ranks {rank: changes of its info}; returns what each got or raised."""
+    monkeypatch.setattr(rendezvous, "_store_numbers", itertools.repeat(0))
     port, timeout = free_port(), timedelta(seconds=seconds)
 
     def join(rank):
         launch = launch_of(rank, world_size.get(rank, 2) if isinstance(world_size, dict) else world_size, port)
         store, _, _ = rendezvous.open_store(launch, timedelta(seconds=60))
         try:
-            return rendezvous.call_the_roll(store, launch, card_of(launch, **cards[rank]), timeout), store
+            return rendezvous.gather_rank_info(store, launch, info_of(launch, **infos[rank]), timeout), store
         except LaunchError as error:
             return str(error), store
 
-    with ThreadPoolExecutor(len(cards)) as pool:
-        answers = list(pool.map(join, cards))  # with their stores, of which rank 0 keeps its own, too
+    with ThreadPoolExecutor(len(infos)) as pool:
+        answers = list(pool.map(join, infos))  # with their stores, of which rank 0 keeps its own, too
     return [answer for answer, _ in answers]
 
 
-def test_every_rank_gets_the_same_roll(monkeypatch):
-    answers = roll_of({0: {"host": "a"}, 1: {"host": "b"}, 2: {"host": "a"}}, 3, monkeypatch)
-    assert [[card["host"] for card in answer] for answer in answers] == [["a", "b", "a"]] * 3
-    assert [rendezvous.local_place(answers[0], rank) for rank in range(3)] == [(0, 2), (0, 1), (1, 2)]
+def test_every_rank_gets_the_same_rank_info(monkeypatch):
+    answers = infos_of({0: {"host": "a"}, 1: {"host": "b"}, 2: {"host": "a"}}, 3, monkeypatch)
+    assert [[info["host"] for info in answer] for answer in answers] == [["a", "b", "a"]] * 3
+    assert [rendezvous.local_rank_and_size(answers[0], rank) for rank in range(3)] == [(0, 2), (0, 1), (1, 2)]
 
 
 def test_ranks_that_do_not_join_are_named_to_those_that_did(monkeypatch):
     for rank, answer in zip(
-        (0, 1, 3), roll_of({0: {}, 1: {}, 3: {"host": "node1"}}, 6, monkeypatch, seconds=0.5), strict=True
+        (0, 1, 3), infos_of({0: {}, 1: {}, 3: {"host": "node1"}}, 6, monkeypatch, seconds=0.5), strict=True
     ):
         assert answer.startswith(f"[rank {rank}/6] expected 6 ranks to join within 0.5 s; got 3: 0-1 on node0; 3 on ")
         assert "3 on node1; rank 2, 4-5 did not: see that the launcher started every node" in answer
 
 
 def test_ranks_that_do_not_fit_together_all_say_so(monkeypatch):
-    first, second = roll_of({0: {}, 1: {"backend": "mpi4py"}}, 2, monkeypatch)
+    first, second = infos_of({0: {}, 1: {"backend": "mpi4py"}}, 2, monkeypatch)
     assert first.startswith("[rank 0/2] expected one backend on all ranks; got gloo on rank 0, mpi4py on rank 1: set")
     assert second == first.replace("rank 0/2", "rank 1/2")
     assert "expected one WORLD_SIZE on all ranks; got 2 on rank 0, 3 on rank 1: " in "".join(
-        roll_of({0: {}, 1: {}}, {0: 2, 1: 3}, monkeypatch)
+        infos_of({0: {}, 1: {}}, {0: 2, 1: 3}, monkeypatch)
     )
-    _, _, third = roll_of({0: {}, 1: {}, 2: {}}, {2: 3}, monkeypatch)
+    _, _, third = infos_of({0: {}, 1: {}, 2: {}}, {2: 3}, monkeypatch)
     assert "expected the WORLD_SIZE of rank 0, 2; got 3" in third
 
 
 def test_two_ranks_on_one_gpu_are_refused_for_nccl(monkeypatch):
     gpus = {"backend": "nccl", "device": "cuda", "gpus": ["GPU-a", "GPU-b"]}
-    assert [len(answer) for answer in roll_of({0: gpus, 1: gpus}, 2, monkeypatch)] == [2, 2]
-    first, _, _ = roll_of({0: gpus, 1: gpus, 2: gpus}, 3, monkeypatch)
+    assert [len(answer) for answer in infos_of({0: gpus, 1: gpus}, 2, monkeypatch)] == [2, 2]
+    first, _, _ = infos_of({0: gpus, 1: gpus, 2: gpus}, 3, monkeypatch)
     assert "expected a GPU for each rank, for NCCL; got rank 0, 2 on one, GPU-a of node0: start as many" in first
     # Each sees its own alone, as number 0.
     own = [gpus | {"gpus": [name], "local_rank": place} for place, name in enumerate(("GPU-a", "GPU-b"))]
-    assert len(roll_of(dict(enumerate(own)), 2, monkeypatch)[0]) == 2
+    assert len(infos_of(dict(enumerate(own)), 2, monkeypatch)[0]) == 2
 
 
 def test_a_second_process_of_one_rank_is_refused(monkeypatch):
-    monkeypatch.setattr(rendezvous, "_meetings", itertools.repeat(0))
+    monkeypatch.setattr(rendezvous, "_store_numbers", itertools.repeat(0))
     launch = launch_of(0, 1, free_port())
     store, _, _ = rendezvous.open_store(launch, timedelta(seconds=60))
-    assert len(rendezvous.call_the_roll(store, launch, card_of(launch), timedelta(seconds=60))) == 1
+    assert len(rendezvous.gather_rank_info(store, launch, info_of(launch), timedelta(seconds=60))) == 1
     with pytest.raises(LaunchError, match="expected each rank once; got a second process with rank 0, process 1 on"):
-        rendezvous.call_the_roll(store, launch, card_of(launch), timedelta(seconds=60))
+        rendezvous.gather_rank_info(store, launch, info_of(launch), timedelta(seconds=60))
 
 
 def test_a_port_in_use_is_named():
@@ -233,8 +233,8 @@ def test_ranks_without_an_address_are_refused():
 )
 def test_the_rule_for_the_backend(kind, launcher, mpi, nccl, backend, monkeypatch):
     monkeypatch.setattr(dist, "is_nccl_available", lambda: nccl)
-    monkeypatch.setattr(group, "_missing_mpi_backend", lambda: "" if mpi else "no mpi4py")
-    assert group._choose(kind, launch_of(0, 2, 1, launcher=launcher)) == backend
+    monkeypatch.setattr(group, "_why_no_mpi_backend", lambda: "" if mpi else "no mpi4py")
+    assert group._default_backend(kind, launch_of(0, 2, 1, launcher=launcher)) == backend
 
 
 def test_a_launchers_gpus_are_counted_from_those_that_the_process_sees():

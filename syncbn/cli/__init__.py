@@ -1,4 +1,4 @@
-"""The command `syncbn`: demo, check and info. What a command needs is imported when it runs."""
+"""The command `syncbn`: demo, check and info. Each command imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from .. import __version__
 from ..environment import LaunchError
 
-INTERRUPTED = 128 + 2  # the exit code that shells give a command ended by Ctrl-C
+INTERRUPTED = 128 + 2  # the shells' exit code for a command ended by Ctrl-C
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line `argv` (sys.argv's, if None) and returns its exit code."""
+    """Runs the command line `argv`, by default that of sys.argv, and returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = _parser().parse_args(argv)
     try:
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Names defaults, but not the None of options whose help says itself what happens without them."""
+    """Shows defaults, except None: the help of those options says what happens without them."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)

@@ -1,4 +1,4 @@
-"""`syncbn info`: what is installed, what can serve, and what would be chosen in this process."""
+"""`syncbn info`: what is installed, which kernels and communicators are available, and which are chosen here."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _TORCH_BACKENDS = ("gloo", "nccl", "mpi", "ucc", "xccl")
 
 
 def info() -> int:
-    """Prints what there is; under a launcher on rank 0 only. Missing packages are named, not needed."""
+    """Prints the information, on rank 0 only under a launcher. No package is required; missing ones are named."""
     problem, launch = "", None
     try:
         launch = read_environment()
     except LaunchError as error:
         problem = f"unclear: {error}"
-    mpi = _mpi(launch)  # on every rank, for one of mpirun's that starts MPI waits for the others
+    mpi = _mpi(launch)  # on every rank: starting MPI under mpirun is collective
     if launch is not None and launch.rank != 0:
         return 0
     torch = _import_torch()
@@ -45,7 +45,7 @@ def info() -> int:
 def _import_torch() -> Any:
     try:
         return importlib.import_module("torch")
-    except Exception as error:  # a broken installation must not keep the rest from being shown
+    except Exception as error:  # a broken installation must not hide the rest
         print(f"torch cannot be imported: {type(error).__name__}: {error}")
         return None
 
@@ -82,7 +82,7 @@ def _communicators(torch: Any) -> dict[str, str]:
 
 
 def _mpi(launch: Launch | None) -> str:
-    """Describes mpi4py's MPI, which is initialised under mpirun only."""
+    """Describes mpi4py's MPI library. Initialises MPI only under mpirun."""
     try:
         import mpi4py
     except ImportError:
@@ -111,7 +111,7 @@ def _mpi(launch: Launch | None) -> str:
 
 
 def _chosen(torch: Any, launch: Launch | None, problem: str) -> dict[str, str]:
-    """What process_group=None and an array would get, and why."""
+    """Returns the choices for process_group=None and for an input in this process, and why."""
     device = "the CPU: torch sees no CUDA or ROCm device"
     if torch is None:
         device = "the CPU, for want of torch"

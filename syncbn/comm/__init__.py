@@ -1,11 +1,11 @@
 """The messages of batch normalisation: one collective, behind one protocol.
 
-| module        | what it sends over                                              |
-|---------------|-----------------------------------------------------------------|
-| local         | nothing: a world of one                                         |
-| torch         | any torch.distributed ProcessGroup                              |
-| shared_memory | what the ranks of a Gloo group share that are all on one machine |
-| mpi           | an MPI communicator of mpi4py's                                 |
+| module        | what it sends over                                      |
+|---------------|---------------------------------------------------------|
+| local         | nothing: a world of one                                 |
+| torch         | any torch.distributed ProcessGroup                      |
+| shared_memory | memory that the ranks of a Gloo group on one host share |
+| mpi           | an mpi4py communicator                                  |
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from .local import LocalCommunicator as LocalCommunicator
 
 @runtime_checkable
 class Communicator(Protocol):
-    """Ranks that normalise together. An object of one's own with these members serves as `process_group`.
+    """Ranks that normalise together. Any object with these members can be passed as `process_group`.
 
     Its all_reduce may lack `label`: a label is passed only where a layer was given one.
 
     Attributes:
-        rank: this process's number in the group, from 0.
+        rank: this process's rank in the group.
         world_size: the number of ranks in the group.
     """
 
@@ -42,8 +42,8 @@ class Communicator(Protocol):
         """Replaces buffer by its sum over all ranks, in place, with the same bits on every rank.
 
         Args:
-            buffer: contiguous, one-dimensional, float64, of the same length on every rank: a torch tensor on the
-                input's device from the torch layers, an ndarray from the NumPy layer. What is returned is ignored.
+            buffer: contiguous, one-dimensional, float64, of the same length on every rank. The torch layers pass a
+                tensor on the input's device, the NumPy layer an ndarray. The return value is ignored.
             label: which layer's message this is, for reports, or None.
 
         Collective:
@@ -52,20 +52,20 @@ class Communicator(Protocol):
 
 
 def as_communicator(group: Any, argument: str = "process_group") -> Communicator:
-    """Returns the communicator that a `process_group` argument stands for.
+    """Returns the communicator for a `process_group` argument.
 
     Args:
-        group: None (torch.distributed's default group where it is initialised, else this process alone), a
-            ProcessGroup, a one-dimensional DeviceMesh, an mpi4py communicator, or a Communicator.
-        argument: what the caller calls it, for the error message.
+        group: None (torch.distributed's default group if initialised, else this process alone), a ProcessGroup, a
+            one-dimensional DeviceMesh, an mpi4py communicator, or a Communicator.
+        argument: the argument's name, for the error message.
 
     Raises:
-        TypeError: anything else.
-        ValueError: a group this process is not in, a mesh of more than one dimension, or an intercommunicator.
+        TypeError: any other group.
+        ValueError: a group that this process is not in, a mesh of more than one dimension, or an intercommunicator.
         LaunchError: an MPI world of one process where a launcher started several.
         RuntimeError: MPI is not initialised.
     """
-    for communicator_of in _loaded():
+    for communicator_of in _communicator_functions():
         communicator = communicator_of(group)
         if communicator is not None:
             return communicator
@@ -106,13 +106,13 @@ class Group(Protocol):
 
 
 class GroupHandle:
-    """Keeps a group in a layer: shared by copies, left behind by pickles, for it names live connections.
+    """Holds a layer's group. Copies share the group; pickles drop it, for it holds open connections.
 
     Args:
-        group: what as_communicator takes, or whatever else is to be kept so.
+        group: any argument of as_communicator; as_communicator checks it at the first use.
 
     Attributes:
-        name: what stands for the group in a graph, where there can be no objects; see communicator_named.
+        name: stands for the group in a graph, which cannot hold objects; see communicator_named.
     """
 
     def __init__(self, group: Any) -> None:
@@ -123,7 +123,7 @@ class GroupHandle:
             _handles[self.name] = self
 
     def communicator(self, argument: str = "process_group") -> Communicator:
-        """Returns as_communicator(group, argument); for a group other than None it is found once."""
+        """Returns as_communicator(group, argument), cached unless the group is None."""
         if self.group is None:
             of_torch = _functions.get("torch.distributed")  # the shortest way, for every call of a layer comes here
             return as_communicator(None) if of_torch is None else of_torch(None) or LocalCommunicator()
@@ -135,7 +135,7 @@ class GroupHandle:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return GroupHandle, (None if self.group is None else _LostGroup(),)
+        return GroupHandle, (None if self.group is None else _UnpickledGroup(),)
 
 
 _numbers = itertools.count()
@@ -198,8 +198,8 @@ def _named_by_torch(name: str) -> Any:
         ) from error
 
 
-class _LostGroup:
-    """In place of a group that a pickled layer had: training on the default group instead would be silently wrong."""
+class _UnpickledGroup:
+    """Replaces the group of an unpickled layer, and raises: the default group may be the wrong one."""
 
     rank = 0
     world_size = 1
@@ -211,13 +211,14 @@ class _LostGroup:
         )
 
 
-# By the library whose groups they know, cheapest first: functions that return the communicator of a group, or None.
+# Libraries with groups, the cheapest to ask first, and the module here whose communicator_of(group) returns a
+# communicator, or None for a group of another library.
 _LIBRARIES = {"mpi4py.MPI": "mpi", "torch.distributed": "torch"}
 _functions: dict[str, Callable[[Any], Communicator | None]] = {}
 
 
-def _loaded() -> Iterable[Callable[[Any], Communicator | None]]:
-    """Returns the functions for the libraries that have been imported; of others there can be no groups."""
+def _communicator_functions() -> Iterable[Callable[[Any], Communicator | None]]:
+    """Returns communicator_of for each library imported so far; groups of other libraries cannot exist."""
     global _functions
     if len(_functions) < len(_LIBRARIES):
         for library, module in _LIBRARIES.items():
@@ -225,5 +226,5 @@ def _loaded() -> Iterable[Callable[[Any], Communicator | None]]:
             if library in _functions or loaded is None or not getattr(loaded, "is_available", lambda: True)():
                 continue
             found = _functions | {library: importlib.import_module(f".{module}", __name__).communicator_of}
-            _functions = {name: found[name] for name in _LIBRARIES if name in found}  # for threads, at once
+            _functions = {name: found[name] for name in _LIBRARIES if name in found}  # atomic, for threads
     return _functions.values()

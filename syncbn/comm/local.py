@@ -8,7 +8,7 @@ from .labels import Label
 
 
 class LocalCommunicator:
-    """This process alone. As `process_group` it keeps a layer's statistics local, in a distributed run too."""
+    """This process alone. As `process_group` it keeps a layer's statistics local, also in a distributed run."""
 
     rank = 0
     world_size = 1

@@ -14,21 +14,21 @@ from .labels import Label
 from .local import LocalCommunicator
 
 _IN_PLACE, _DOUBLE, _memory = MPI.IN_PLACE, MPI.DOUBLE, MPI.buffer.fromaddress
-_float64: set[Any] = set()  # dtypes of both libraries that were seen to be it
-_LEVELS = {
+_float64_dtypes: set[Any] = set()  # torch's and NumPy's float64, once seen
+_THREAD_LEVELS = {
     MPI.THREAD_SINGLE: "MPI_THREAD_SINGLE",
     MPI.THREAD_FUNNELED: "MPI_THREAD_FUNNELED",
     MPI.THREAD_SERIALIZED: "MPI_THREAD_SERIALIZED",
     MPI.THREAD_MULTIPLE: "MPI_THREAD_MULTIPLE",
 }
-# By kind of GPU: what libraries call the function that says whether they take its memory; and from which version on
-# it answers for this process. Earlier ones, and MVAPICH2, answer for the build, which may have it turned off, as
-# conda-forge's Open MPI 4 has; MPICH 3.4 fails an assertion of its own.
-_QUERIES = {
+# MPI extensions that return whether the library accepts pointers to GPU memory, and the version from which on they
+# answer for this process. Earlier versions, and MVAPICH2, answer for the build, but support may be turned off at run
+# time, as in conda-forge's Open MPI 4; MPICH 3.4 fails one of its own assertions.
+_GPU_QUERIES = {
     "cuda": ("MPIX_Query_cuda_support",),
     "rocm": ("MPIX_Query_rocm_support", "MPIX_Query_hip_support"),
 }
-_ANSWERING = {"Open MPI": (5,), "MPICH": (4,)}
+_QUERY_VERSIONS = {"Open MPI": (5,), "MPICH": (4,)}
 
 
 class MPICommunicator:
@@ -38,7 +38,7 @@ class MPICommunicator:
         comm: an mpi4py intracommunicator that this process is in.
 
     Attributes:
-        rank, world_size: this process's number in it, and how many there are.
+        rank, world_size: this process's rank in it and its number of ranks.
     """
 
     def __init__(self, comm: Any) -> None:
@@ -48,30 +48,29 @@ class MPICommunicator:
         self._main_thread_only = MPI.Query_thread() < MPI.THREAD_SERIALIZED
 
     def all_reduce(self, buffer: Any, label: Label | None = None) -> None:  # noqa: ARG002
-        """Sums buffer, a tensor or an ndarray, over the ranks, in place in its own memory. See Communicator.
+        """Sums buffer, a tensor or an ndarray, over the ranks, in place. See Communicator.
 
-        So is a CUDA or ROCm tensor where the library says that it is GPU-aware (see gpu_aware): after the kernels that
-        are queued on the current stream, and before those that are queued later. Else it goes through pinned memory of
-        the host, at little cost: GPU-aware libraries themselves copy sums this small there. Neither way has been run on
-        a GPU.
+        A GPU-aware library (see gpu_aware) gets the address of a CUDA or ROCm tensor. The sum waits for kernels queued
+        on the current stream; later kernels wait for the sum. Other libraries get a copy in pinned host memory. That
+        costs little: GPU-aware libraries, too, copy messages this small to the host. Neither way has been run on a GPU.
 
         Raises:
             TypeError: buffer is not of float64; MPI has no bfloat16, and mpi4py would sum it wrongly.
-            RuntimeError: MPI failed, the communicator has been freed, or MPI would be called from a thread that it does
-                not support. Backward of accelerator tensors runs in threads of autograd's.
+            RuntimeError: MPI failed, the communicator has been freed, or this thread may not call MPI. Autograd runs
+                backward of accelerator tensors in its own threads.
         """
         if self._main_thread_only and not MPI.Is_thread_main():
             raise self._thread_error()
-        if buffer.dtype not in _float64:
+        if buffer.dtype not in _float64_dtypes:
             self._check_dtype(buffer.dtype)
         is_cpu = getattr(buffer, "is_cpu", None)  # None: an ndarray
         if is_cpu and buffer.is_contiguous():
-            # By address: a third of what tensor.numpy() costs, and a twentieth of DLPack.
+            # By address: a third of the cost of tensor.numpy(), a twentieth of that of DLPack.
             message = [_memory(buffer.data_ptr(), buffer.nbytes), _DOUBLE]
         elif is_cpu is None and buffer.flags.c_contiguous:
             message = buffer
         else:
-            self._sum_elsewhere(buffer)
+            self._sum_strided_or_on_gpu(buffer)
             return
         try:
             self.comm.Allreduce(_IN_PLACE, message)
@@ -90,8 +89,8 @@ class MPICommunicator:
             "mpi4py ...`, so that an error on one ends all"
         )
 
-    def _sum_elsewhere(self, buffer: Any) -> None:
-        """Sums a buffer that is not contiguous memory of the host."""
+    def _sum_strided_or_on_gpu(self, buffer: Any) -> None:
+        """Sums a buffer that is not contiguous host memory: a copy, or in place on a GPU."""
         if getattr(buffer, "is_cpu", True):
             dense = buffer.copy() if hasattr(buffer, "copy") else buffer.contiguous()
             self.all_reduce(dense)
@@ -101,8 +100,8 @@ class MPICommunicator:
             import torch  # the buffer's library
 
             if ("rocm" if torch.version.hip else "cuda") in gpu_aware():
-                with torch.cuda.device(buffer.device):  # MPI may look at which one is current
-                    torch.cuda.current_stream().synchronize()  # MPI waits for no kernels; kernels to come wait for MPI
+                with torch.cuda.device(buffer.device):  # which MPI may ask for
+                    torch.cuda.current_stream().synchronize()  # MPI does not wait for kernels
                     try:
                         self.comm.Allreduce(_IN_PLACE, [_memory(buffer.data_ptr(), buffer.nbytes), _DOUBLE])
                     except MPI.Exception as error:
@@ -111,14 +110,14 @@ class MPICommunicator:
         host = buffer.new_empty(buffer.shape, device="cpu", pin_memory=buffer.is_cuda)
         host.copy_(buffer)  # waits for the kernels that fill buffer
         self.all_reduce(host)
-        buffer.copy_(host, non_blocking=True)  # torch does not use the pinned memory again before this has run
+        buffer.copy_(host, non_blocking=True)  # torch reuses pinned memory only after this copy
 
     def _check_dtype(self, dtype: Any) -> None:
         if str(dtype).removeprefix("torch.") != "float64":
             raise TypeError(
                 f"{self._prefix()}expected a buffer of float64 to sum over MPI; got {dtype}: convert it first"
             )
-        _float64.add(dtype)
+        _float64_dtypes.add(dtype)
 
     def _thread_error(self) -> RuntimeError:
         return RuntimeError(
@@ -132,7 +131,7 @@ class MPICommunicator:
 
 
 def communicator_of(group: Any) -> MPICommunicator | LocalCommunicator | None:
-    """Returns the communicator of an mpi4py communicator, and None for anything else. See as_communicator."""
+    """Returns the communicator for an mpi4py communicator, and None for anything else. See as_communicator."""
     if not isinstance(group, MPI.Comm):
         return None
     if group == MPI.COMM_NULL:
@@ -141,7 +140,7 @@ def communicator_of(group: Any) -> MPICommunicator | LocalCommunicator | None:
             "was freed, and what ranks get that Split or Create leave out: give every rank the communicator that it "
             "belongs to, and free it after its last use"
         )
-    if MPI.Is_finalized() or not MPI.Is_initialized():  # where asking for a size would end the process
+    if MPI.Is_finalized() or not MPI.Is_initialized():  # Get_size would end the process
         state = "after MPI.Finalize()" if MPI.Is_finalized() else "before MPI.Init()"
         raise RuntimeError(f"expected an MPI communicator while MPI is initialised; got one {state}: mind their order")
     if group.Is_inter():
@@ -154,10 +153,13 @@ def communicator_of(group: Any) -> MPICommunicator | LocalCommunicator | None:
 
 
 def check_world(launch: Launch | None) -> None:
-    """Refuses the world of an MPI library that does not know the launcher, which so starts many worlds of one.
+    """Refuses an MPI library that does not match the launcher: each process would be a world of one.
 
     Args:
-        launch: what read_environment returned; None where there is no launcher, and nothing to compare.
+        launch: the result of read_environment; None, without a launcher, passes.
+
+    Raises:
+        LaunchError: MPI.COMM_WORLD has another rank or size than the launcher's.
     """
     rank, size = MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size()
     if launch is not None and (launch.rank, launch.world_size) != (rank, size):
@@ -173,38 +175,35 @@ def check_world(launch: Launch | None) -> None:
 
 @functools.cache
 def gpu_aware() -> tuple[str, ...]:
-    """Returns those of "cuda" and "rocm" whose memory the MPI library says that it takes as it does the host's.
+    """Returns those of "cuda" and "rocm" for which the MPI library says that it accepts pointers to GPU memory.
 
-    A library says so by MPI 4.1's memory allocation kinds; Open MPI from version 5 and MPICH from version 4 by a
-    function; Cray MPICH by MPICH_GPU_SUPPORT_ENABLED=1, with which it does not start unless it is able to. All others
-    count as not GPU-aware, which costs a copy; the opposite mistake ends the process.
+    Sources: MPI 4.1's memory allocation kinds; a function of Open MPI from version 5 and of MPICH from version 4; for
+    Cray MPICH MPICH_GPU_SUPPORT_ENABLED=1, with which it refuses to start without support. Every other library counts
+    as not GPU-aware, which costs a copy; the opposite mistake would crash the process.
 
-    MPI must be initialised. A rank may call alone.
+    MPI must be initialised. Not collective.
     """
     info = MPI.COMM_WORLD.Get_info()
     kinds = (kind.split(":") for kind in (info.get("mpi_memory_alloc_kinds") or "").split(","))
-    said = {name for name, *only in kinds if not only or "device" in only}
+    reported = {name for name, *only in kinds if not only or "device" in only}
     info.Free()
     vendor, version = MPI.get_vendor()
-    if vendor in _ANSWERING and version >= _ANSWERING[vendor]:
-        loaded = ctypes.CDLL(MPI.__file__)  # mpi4py's module, and so what it is linked with
-        for gpu, names in _QUERIES.items():
+    if vendor in _QUERY_VERSIONS and version >= _QUERY_VERSIONS[vendor]:
+        loaded = ctypes.CDLL(MPI.__file__)  # mpi4py's extension module, linked with the library
+        for gpu, names in _GPU_QUERIES.items():
             queries = (getattr(loaded, name, None) for name in names)
-            said |= {gpu for query in queries if query and query()}
+            reported |= {gpu for query in queries if query and query()}
     if "CRAY MPICH" in MPI.Get_library_version() and os.environ.get("MPICH_GPU_SUPPORT_ENABLED") == "1":
-        said |= _QUERIES.keys()
-    return tuple(gpu for gpu in _QUERIES if gpu in said)
+        reported |= _GPU_QUERIES.keys()
+    return tuple(gpu for gpu in _GPU_QUERIES if gpu in reported)
 
 
 def library() -> str:
-    """Returns name and version of the MPI library that mpi4py has loaded. MPI need not be initialised.
-
-    As "Open MPI 5.0.11".
-    """
+    """Returns the MPI library that mpi4py has loaded, as "Open MPI 5.0.11". MPI need not be initialised."""
     name, version = MPI.get_vendor()
     return f"{name} {'.'.join(map(str, version))}"
 
 
 def thread_level() -> str:
-    """Returns the thread support of MPI, which must be initialised, as "MPI_THREAD_MULTIPLE"."""
-    return _LEVELS[MPI.Query_thread()]
+    """Returns MPI's thread support, as "MPI_THREAD_MULTIPLE". MPI must be initialised."""
+    return _THREAD_LEVELS[MPI.Query_thread()]

@@ -1,7 +1,7 @@
-"""Communication between the processes of one machine, through memory that they share.
+"""Communication between processes of one machine through shared memory.
 
-A small sum takes microseconds so, where it takes half a millisecond and more by messages of Gloo's: of those each is
-written to a socket and read by a thread that first has to wake up.
+A small sum takes microseconds. Over Gloo it takes half a millisecond or more, for each message goes through a socket to
+a thread that has to wake up first.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from .. import native
 from ..environment import rank_prefix
 from .labels import Label
 
-NOTE_BYTES = 64  # of what join has exchanged
-_FOLDER = Path("/dev/shm")  # Linux's memory by name; ranks in containers that do not share it cannot share memory
-_LOOK_MICROSECONDS = 100_000  # how often a rank that waits looks whether the others are alive
+HANDSHAKE_BYTES = 64  # length of each message that join exchanges
+_FOLDER = Path("/dev/shm")  # files in memory, on Linux; containers must share it for their ranks to share memory
+_POLL_MICROSECONDS = 100_000  # how often a waiting rank checks that the others are alive
 
 
 def _load() -> Any:
@@ -46,7 +46,7 @@ _library = _load()
 
 
 def absence() -> str:
-    """Says why this machine has no such memory, or returns ""."""
+    """Returns why processes cannot share memory here, or ""."""
     if _library is None:
         return native.absence() if sys.platform == "linux" else "only on Linux"
     return "" if os.access(_FOLDER, os.W_OK) else f"{_FOLDER} is not there, or not to be written to"
@@ -70,13 +70,13 @@ class SharedMemory:
     """Ranks on one machine. Made by join.
 
     Args:
-        file: of the memory, open, which is closed with it; each rank locks the byte of its number for as long as it
-            takes part.
-        rank, world_size: this process's number among them, and how many there are.
+        file: descriptor of the memory's file, which this object closes. Each rank holds a lock on byte `rank` of it
+            for as long as it takes part.
+        rank, world_size: this process's rank and the number of ranks.
         timeout: how long a sum may wait for other ranks.
     """
 
-    _file = -1  # none, or no longer
+    _file = -1  # not open
 
     def __init__(self, file: int, rank: int, world_size: int, timeout: timedelta) -> None:
         if _library.syncbn_shared_lock(file, rank):
@@ -92,7 +92,7 @@ class SharedMemory:
             rank,
             world_size,
             ctypes.addressof(self._progress),
-            _LOOK_MICROSECONDS,
+            _POLL_MICROSECONDS,
         )
         self._failure: str | None = None
         self._lock = threading.Lock()
@@ -104,24 +104,26 @@ class SharedMemory:
 
     def _close(self) -> None:
         if self._file >= 0:
-            os.close(self._file)  # and so, with the copy that the memory has, unlocks
+            os.close(self._file)  # releases the lock once mmap's duplicate is closed, too
             self._memory.close()
         self._file = -1
 
     def all_reduce(self, address: int, length: int, label: Label | None = None) -> None:  # noqa: ARG002
-        """Sums a vector over the ranks, in place, added in their order, so that all ranks get the same bits.
+        """Sums a vector over the ranks, in place, in rank order, so that all ranks get the same bits.
 
         Args:
-            address: where it is, contiguous float64.
-            length: how many, the same on every rank.
+            address: of contiguous float64.
+            length: number of elements, the same on every rank.
+
+        Collective:
+            every rank must call, in the same order.
 
         Raises:
-            RuntimeError: a rank has ended, or has not come within the timeout, after either of which no sum is
-                possible any more; or ranks came with vectors of different lengths, on each of them; or this process is
-                a fork of the one that joined.
+            RuntimeError: a rank has ended, or has not come within the timeout; no further sum is possible then. Or the
+                ranks' lengths differ, which every rank reports. Or this process is a fork of the one that joined.
         """
         with self.direct():
-            self._sum(address, length, self._try(address, length, _LOOK_MICROSECONDS))
+            self._sum(address, length, self._try(address, length, _POLL_MICROSECONDS))
 
     @contextmanager
     def direct(self) -> Iterator[int]:
@@ -138,13 +140,14 @@ class SharedMemory:
         with self._lock:
             if self._failure:
                 raise self._error("a group whose ranks are all there", self._failure, "start all ranks again")
-            self._failure = "one in which this rank's last sum was broken off"  # an interrupt may do so at any line
+            # Cleared by _sum at its end: an interrupt may break off anywhere before.
+            self._failure = "one in which this rank's last sum was broken off"
             try:
                 yield ctypes.addressof(self._direct)
                 self._failure = None
             finally:
                 if self._failure:
-                    _library.syncbn_shared_unlock(self._file, self.rank)  # the others need not wait for this rank
+                    _library.syncbn_shared_unlock(self._file, self.rank)  # tells the others not to wait
 
     def go_on(self, buffer: Any) -> None:
         """Goes on with a sum that an operator has begun, of a tensor. Raises as all_reduce."""
@@ -154,11 +157,11 @@ class SharedMemory:
         """Waits for the ranks, `missing` first, and sums; sets _failure to None where further sums are possible."""
         start = time.monotonic()
         while missing is not None:
-            # Looked at before the last try: what a rank has sent it has sent, though it may have left since.
+            # Checked before the last try: a rank may have sent its part and left since.
             is_there = _library.syncbn_shared_is_locked(self._file, missing)
             is_late = time.monotonic() - start > self._timeout.total_seconds()
             last = missing
-            missing = self._try(address, length, _LOOK_MICROSECONDS if is_there and not is_late else 0)
+            missing = self._try(address, length, _POLL_MICROSECONDS if is_there and not is_late else 0)
             if missing != last:
                 continue
             if not is_there:
@@ -179,7 +182,7 @@ class SharedMemory:
         self._failure = None
 
     def _try(self, address: int, length: int, microseconds: int) -> int | None:
-        """Returns None once the sum is done, or the number of a rank that has not come so long; call again then."""
+        """Returns None once the sum is done, or, after that time, a rank that has not come yet; then call again."""
         missing: int = _library.syncbn_shared_sum(
             self._address, self.rank, self.world_size, address, length, self._progress, microseconds
         )
@@ -210,7 +213,7 @@ _live: weakref.WeakSet[SharedMemory] = weakref.WeakSet()
 
 
 def _close_all() -> None:
-    """In a forked child, which must not answer in its parent's place, nor hold its locks when it has ended."""
+    """Closes the memory in a forked child, which must not take its parent's part nor keep its locks."""
     for memory in list(_live):
         memory._close()
 
@@ -222,48 +225,46 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 def join(
     rank: int, world_size: int, timeout: timedelta, exchange: Callable[[bytes], list[bytes]]
 ) -> SharedMemory | None:
-    """Returns memory that all ranks share, or None, on every rank, if one of them cannot have it.
+    """Returns memory that all ranks share, or None on every rank if one of them cannot share it.
 
     Args:
-        rank, world_size: this process's number in the group, and how many there are.
+        rank, world_size: this process's rank in the group and the number of ranks.
         timeout: how long a sum may wait for other ranks.
-        exchange: sends NOTE_BYTES bytes to all ranks, and returns what all of them sent, in their order.
+        exchange: all_gather of HANDSHAKE_BYTES bytes; returns all ranks' bytes in rank order.
 
     Collective:
         three calls of exchange.
     """
     shared = name = None
-    exchange(
-        bytes(NOTE_BYTES)
-    )  # from here on nobody waits long, and a process that is ended meanwhile leaves no memory
+    exchange(bytes(HANDSHAKE_BYTES))  # barrier: all ranks are here, so the file exists only briefly
     if rank == 0 and _library is not None:
-        name = _make(_library.syncbn_shared_bytes(world_size))
+        name = _create_file(_library.syncbn_shared_bytes(world_size))
     try:
-        name = exchange((name or "").encode().ljust(NOTE_BYTES))[0].decode().strip()
+        name = exchange((name or "").encode().ljust(HANDSHAKE_BYTES))[0].decode().strip()
         if name and _library is not None:
-            with suppress(OSError):  # not on the same machine, or in other containers, or of another user
+            with suppress(OSError):  # another machine, container or user
                 file = os.open(_FOLDER / name, os.O_RDWR | os.O_CLOEXEC)
                 try:
                     shared = SharedMemory(file, rank, world_size, timeout)
                 except BaseException:
                     os.close(file)
                     raise
-        answers = exchange(str(shared is not None).encode().ljust(NOTE_BYTES))
+        answers = exchange(str(shared is not None).encode().ljust(HANDSHAKE_BYTES))
     finally:
         if rank == 0 and name:
             (_FOLDER / name).unlink(missing_ok=True)
     return shared if all(answer.strip() == b"True" for answer in answers) else None
 
 
-def _make(size: int) -> str | None:
-    """Returns the name of new memory of that size, or None if there can be none."""
+def _create_file(size: int) -> str | None:
+    """Creates a file in memory of `size` bytes. Returns its name, or None if that failed."""
     name = f"syncbn-{uuid.uuid4()}"
     try:
         file = os.open(_FOLDER / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError:
         return None
     try:
-        os.posix_fallocate(file, 0, size)  # memory that is merely promised ends the process where it runs out
+        os.posix_fallocate(file, 0, size)  # reserves it: running out later would kill the process
     except BaseException as error:
         (_FOLDER / name).unlink(missing_ok=True)
         if not isinstance(error, OSError):

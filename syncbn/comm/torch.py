@@ -13,14 +13,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..environment import LaunchError, rank_prefix, read_environment
 from .labels import Label
 from .local import LocalCommunicator
-from .shared_memory import NOTE_BYTES, SharedMemory, join
+from .shared_memory import HANDSHAKE_BYTES, SharedMemory, join
 
 if TYPE_CHECKING:
     from . import Communicator
 
 
-# What the groups that have summed CPU tensors share, if they do; gone with the group.
-_shared: WeakKeyDictionary[dist.ProcessGroup, SharedMemory | None] = WeakKeyDictionary()
+# The shared memory, or None, of each group that has summed CPU tensors; freed with the group.
+_shared_memories: WeakKeyDictionary[dist.ProcessGroup, SharedMemory | None] = WeakKeyDictionary()
 _UNKNOWN: Any = object()
 
 
@@ -45,8 +45,8 @@ class TorchCommunicator:
     def all_reduce(self, buffer: Any, label: Label | None = None) -> None:  # noqa: ARG002
         """Sums buffer, a tensor or an ndarray, over the group, in place. See Communicator.
 
-        Between the processes of one machine that would send over Gloo in memory that they share; see SharedMemory for
-        the errors. They make it at their first sum, by three more messages.
+        Ranks of a Gloo group that are all on one machine sum in shared memory instead; see SharedMemory for its
+        errors. The first sum creates that memory, with three extra messages.
 
         Raises:
             TypeError: buffer is not of float64.
@@ -72,34 +72,34 @@ class TorchCommunicator:
 
     @property
     def shares_memory(self) -> bool:
-        """Whether the last sums of CPU tensors were made in shared memory."""
-        return _shared.get(self.group) is not None
+        """Whether CPU tensors are summed in shared memory; False before the first sum."""
+        return _shared_memories.get(self.group) is not None
 
     def shared_memory(self) -> SharedMemory | None:
         """Returns the memory in which CPU tensors are summed, or None; made at the first call, by all ranks."""
-        memory: SharedMemory | None = _shared.get(self.group, _UNKNOWN)
+        memory: SharedMemory | None = _shared_memories.get(self.group, _UNKNOWN)
         if memory is _UNKNOWN:
-            memory = _shared[self.group] = self._join() if _sends_over_gloo(self.group) else None
+            memory = _shared_memories[self.group] = self._join_shared_memory() if _sends_over_gloo(self.group) else None
         return memory
 
-    def _join(self) -> SharedMemory | None:
+    def _join_shared_memory(self) -> SharedMemory | None:
         gloo = self.group._get_backend(torch.device("cpu"))
-        timeout = getattr(gloo, "wrapped_pg", gloo).options._timeout  # wrapped: TORCH_DISTRIBUTED_DEBUG=DETAIL
+        timeout = getattr(gloo, "wrapped_pg", gloo).options._timeout  # wrapped if TORCH_DISTRIBUTED_DEBUG=DETAIL
 
-        def exchange(note: bytes) -> list[bytes]:
+        def exchange(message: bytes) -> list[bytes]:
             # On the CPU, whatever the default device is.
-            notes = torch.empty((self.world_size, NOTE_BYTES), dtype=torch.uint8, device="cpu")
-            own = torch.tensor(list(note), dtype=torch.uint8, device="cpu")
-            dist.all_gather(list(notes), own, group=self.group)
-            return [bytes(other.numpy()) for other in notes]
+            gathered = torch.empty((self.world_size, HANDSHAKE_BYTES), dtype=torch.uint8, device="cpu")
+            own = torch.tensor(list(message), dtype=torch.uint8, device="cpu")
+            dist.all_gather(list(gathered), own, group=self.group)
+            return [bytes(other.numpy()) for other in gathered]
 
         return join(self.rank, self.world_size, timeout, exchange)
 
     def _sum_gathered(self, tensor: torch.Tensor) -> None:
-        """Sums over Gloo, whose all_reduce sends twice as often, one after the other, as its all_gather.
+        """Sums over Gloo by all_gather: Gloo's all_reduce takes twice as many messages, one after the other.
 
-        Of messages as small as these it is their number that counts: two nodes 1 ms apart take 3.2 ms in place of 5.1.
-        Added in the order of ranks, sums have the same bits on every rank.
+        For messages this small latency dominates: between two nodes 1 ms apart, 3.2 ms instead of 5.1 ms. Adding in
+        rank order gives the same bits on every rank.
         """
         gathered = tensor.new_empty((self.world_size, *tensor.shape))
         dist.all_gather(list(gathered), tensor, group=self.group)
@@ -109,19 +109,19 @@ class TorchCommunicator:
 
 
 def _sends_over_gloo(group: dist.ProcessGroup) -> bool:
-    """Whether tensors of the CPU go over Gloo. Of a group made past torch.distributed it is not known."""
+    """Returns whether CPU tensors go over Gloo; False for a group that torch.distributed does not know."""
     try:
         return "cpu:gloo" in dist.get_backend_config(group)
-    except (TypeError, ValueError, RuntimeError):  # what versions of torch raise for such a group
+    except (TypeError, ValueError, RuntimeError):  # which one depends on the version of torch
         return False
 
 
 def communicator_of(group: Any) -> Communicator | None:
-    """Returns the communicator of None or of a group of torch's, and None for anything else. See as_communicator."""
+    """Returns the communicator for None or for a torch group, and None for anything else. See as_communicator."""
     if group is None:
         group = dist.group.WORLD
         if group is None:  # torch.distributed is not initialised
-            _warn_of_a_launcher()
+            _warn_if_launched()
             return LocalCommunicator()
     elif isinstance(group, DeviceMesh):
         if group.ndim != 1:
@@ -133,9 +133,9 @@ def communicator_of(group: Any) -> Communicator | None:
     if isinstance(group, dist.ProcessGroup):
         if group.size() == 1:
             return LocalCommunicator()
-        # A group of syncbn.mpi has one that calls MPI with nothing in between.
+        # A group of syncbn.mpi has a communicator that calls MPI directly.
         return getattr(group, "communicator", None) or TorchCommunicator(group)
-    # What torch.distributed.new_group returns to a process outside the group differs between versions of torch.
+    # torch.distributed.new_group returns this to processes outside the group; its type varies between versions.
     outside = dist.GroupMember.NON_GROUP_MEMBER
     if type(group) is type(outside) and group == outside:
         raise ValueError(
@@ -148,8 +148,8 @@ def communicator_of(group: Any) -> Communicator | None:
 _looked_for_a_launcher = False
 
 
-def _warn_of_a_launcher() -> None:
-    """Warns, once, in a process that a launcher made one of many but that has not joined the others."""
+def _warn_if_launched() -> None:
+    """Warns once if a launcher started this process as one of several, but torch.distributed is not initialised."""
     global _looked_for_a_launcher
     if _looked_for_a_launcher:
         return
@@ -160,7 +160,7 @@ def _warn_of_a_launcher() -> None:
     except LaunchError as error:
         state = f"launched in an environment that contradicts itself ({error})"
     else:
-        # srun starts processes that are jobs of their own, too.
+        # srun also starts independent processes.
         if launch is None or launch.launcher == "slurm" or launch.world_size == 1:
             return
         state = f"launched as one of {launch.world_size} processes"

@@ -1,7 +1,6 @@
-"""The torch.distributed backend "mpi4py": process groups on MPI communicators, for any torch from PyPI.
+"""The torch.distributed backend "mpi4py": process groups on MPI communicators.
 
-register() makes the name known to torch.distributed, and the URL "mpi://" to its rendezvous; `import syncbn.mpi` calls
-it. Ranks and sizes are MPI's.
+register() registers the backend and a rendezvous for the URL "mpi://". Ranks and sizes are MPI's.
 """
 
 from __future__ import annotations
@@ -22,32 +21,32 @@ from torch.distributed.rendezvous import _rendezvous_handlers, register_rendezvo
 from ..comm.mpi import MPICommunicator, communicator_of
 from .operations import DESTROYED, NAME, Operations
 
-_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that torch.distributed reads
-_TRY_SECONDS = 5.0  # for one of the addresses of the host of rank 0
+_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # read by torch.distributed
+_CONNECT_SECONDS = 5.0  # per address of rank 0's host
 
 
 class MPIProcessGroup(Operations):
-    """A process group on a communicator that it takes over, and with one more for the messages of syncbn's layers.
+    """A process group on an MPI communicator, which it owns, and a duplicate of it for syncbn's layers.
 
     Collective:
-        all members of comm construct it together, and destroy it together.
+        construction and shutdown, over the members of comm.
     """
 
     def __init__(self, comm: Any, timeout: timedelta) -> None:
         super().__init__(comm, timeout)
-        # Of their own, so that the order of their messages and of the group's, which may be under way, is free.
+        # A duplicate: the layers' messages need no order relative to the group's, which may still be under way.
         self._direct = MPICommunicator(comm.Dup())
         self._name = self._description = ""
 
     @property
     def communicator(self) -> MPICommunicator:
-        """The syncbn.comm.Communicator of the same ranks, which sends with no torch.distributed in between."""
+        """The syncbn.comm.Communicator of the same ranks, which calls MPI directly."""
         if self._closed:
             raise RuntimeError(f"{self._label('communicator')}: {DESTROYED}")
         return self._direct
 
     def shutdown(self) -> None:
-        """Frees the communicators. torch.distributed.destroy_process_group calls it; that of torch 2.6 does not."""
+        """Frees the communicators. destroy_process_group calls it, though not in torch 2.6."""
         if self._closed:
             return
         self._closed = True
@@ -64,12 +63,12 @@ class MPIProcessGroup(Operations):
         self._direct.comm.Free()
 
     def abort(self) -> None:
-        """Gives up what is under way: whoever waits gets an error. MPI cannot take back what it has begun."""
+        """Fails the operations under way, for those that wait for them. MPI itself cannot cancel them."""
         self._closed = True
         for work in self._pending:
             work.fail("the process group was aborted")
 
-    # torch.distributed asks the backend of a group, which is the group itself, for what it can do beyond operations.
+    # The group is its own backend object, which torch.distributed asks for these features.
     supports_coalescing = supports_splitting = False
 
     def _get_backend(self, _: Any) -> Any:
@@ -92,13 +91,16 @@ class MPIProcessGroup(Operations):
 
 
 def create(options: Any, _: Any = None) -> MPIProcessGroup:
-    """Returns the process group that torch.distributed asks for. Only its members call, and all of them.
+    """Creates a process group for torch.distributed.
 
     Args:
         options: torch.distributed's DistributedBackendOptions.
+
+    Collective:
+        over the members of the group.
     """
     world = MPI.COMM_WORLD
-    communicator_of(world)  # raises where mpirun and the MPI library are not of one installation
+    communicator_of(world)  # raises if mpirun belongs to another MPI installation
     ranks = list(options.global_ranks_in_group) or list(range(options.group_size))
     rank = ranks[options.group_rank]
     if world.Get_rank() != rank or max(ranks) >= world.Get_size():
@@ -108,8 +110,8 @@ def create(options: Any, _: Any = None) -> MPIProcessGroup:
             f'torch.distributed.init_process_group("{NAME}") with RANK, WORLD_SIZE and init_method unset'
         )
     members = world.Get_group().Incl(ranks)
-    # The tag keeps groups apart that threads make at the same time, and MPI has 32768 at least. It is not made of the
-    # group's name: torch counts groups, and ranks that were not asked to make some groups count differently.
+    # The tag separates groups that threads create at the same time. MPI guarantees 32768 tags. torch's group name would
+    # not do: it has a counter, which differs between ranks that have not created the same groups.
     comm = world.Create_group(members, zlib.crc32(repr(ranks).encode()) % 32768)
     members.Free()
     return MPIProcessGroup(comm, options.timeout)
@@ -118,14 +120,14 @@ def create(options: Any, _: Any = None) -> MPIProcessGroup:
 def register() -> None:
     """Registers the backend "mpi4py" and the rendezvous "mpi://" with torch.distributed, once.
 
-    "mpi://" is then also what init_process_group does without an init_method, a store or any of torch's variables,
-    which is an error otherwise: MPI knows what they would say.
+    init_process_group without init_method, store and torch's environment variables, an error otherwise, then uses
+    "mpi://" as well: MPI knows rank and world size.
     """
     if NAME in dist.Backend.backend_list:
         return
     dist.Backend.register_backend(NAME, create, extended_api=True, devices=["cpu", "cuda"])
     register_rendezvous_handler("mpi", _rendezvous)  # type: ignore[no-untyped-call]
-    of_environment = _rendezvous_handlers["env"]  # torch has no other way to replace one
+    of_environment = _rendezvous_handlers["env"]  # private, but the only way to replace one
 
     def environment_or_mpi(url: str, *arguments: Any, **options: Any) -> Iterator[tuple[Store, int, int]]:
         given = url != "env://" or any(name in os.environ for name in _VARIABLES)
@@ -136,44 +138,44 @@ def register() -> None:
 
 
 def _rendezvous(url: str, timeout: timedelta = timedelta(minutes=30), **_: Any) -> Iterator[tuple[Store, int, int]]:
-    """Yields the store, rank and size for torch.distributed. MPI tells the others where rank 0 serves the store."""
+    """Yields store, rank and size for torch.distributed. Rank 0 serves the store and broadcasts its address."""
     world = MPI.COMM_WORLD
     communicator_of(world)
     rank, size = world.Get_rank(), world.Get_size()
     if size == 1:
         yield HashStore(), 0, 1
     else:
-        store = _serve(timeout) if rank == 0 else None
+        store = _serve_store(timeout) if rank == 0 else None
         hosts, port = world.bcast((_addresses(), store.port) if store else None)
-        yield store or TCPStore(_reachable(hosts, port), port, timeout=timeout, wait_for_workers=False), rank, size
+        yield store or TCPStore(_reachable_host(hosts, port), port, timeout=timeout, wait_for_workers=False), rank, size
     raise RuntimeError(f"cannot meet again under {url}: MPI's ranks do not change; start the job again")
 
 
-def _serve(timeout: timedelta) -> TCPStore:
+def _serve_store(timeout: timedelta) -> TCPStore:
     return TCPStore("localhost", 0, is_master=True, timeout=timeout, wait_for_workers=False)
 
 
 def _addresses() -> list[str]:
-    """Returns names and addresses of this host, the likeliest to be reached from others first."""
+    """Returns names and addresses of this host, those that others most likely reach first."""
     name = socket.gethostname()
     found = [name, socket.getfqdn()]
     for family, probe in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
-        with socket.socket(family, socket.SOCK_DGRAM) as one:
+        with socket.socket(family, socket.SOCK_DGRAM) as udp:
             try:
-                one.connect((probe, 9))  # sends nothing; says from which address it would
-                found.append(one.getsockname()[0])
+                udp.connect((probe, 9))  # UDP: sends nothing, but chooses the source address
+                found.append(udp.getsockname()[0])
             except OSError:
                 continue
     return list(dict.fromkeys(found))
 
 
-def _reachable(hosts: list[str], port: int) -> str:
-    """Returns the first of the hosts that accepts connections on port: this one, if rank 0 is here."""
+def _reachable_host(hosts: list[str], port: int) -> str:
+    """Returns the first of the hosts that accepts connections on port, trying loopback first if rank 0 is here."""
     hosts = ["127.0.0.1", *hosts] if socket.gethostname() == hosts[0] else hosts
     errors = []
     for host in hosts:
         try:
-            socket.create_connection((host, port), timeout=_TRY_SECONDS).close()
+            socket.create_connection((host, port), timeout=_CONNECT_SECONDS).close()
             return host
         except OSError as error:
             errors.append(f"{host}: {error}")

@@ -1,11 +1,11 @@
-"""The operations of torch.distributed.ProcessGroup, as MPI's.
+"""The operations of torch.distributed.ProcessGroup, as MPI calls.
 
-Every one is one of MPI's nonblocking operations on a communicator of the group's own, and returns an MPIWork. Names,
-arguments and their order are those of torch.distributed.ProcessGroup, which calls them from Python and from C++; in
-`outputs[0]`, `inputs[0]` the first index is that of a device, and there is one.
+Each calls a nonblocking operation of MPI on the group's communicator, and returns an MPIWork. torch.distributed calls
+them from Python and C++; names and arguments are those of its ProcessGroup. The first index of `outputs[0]` and
+`inputs[0]` is a device's, and there is one.
 """
 
-# Its other overloads, with tensors instead of lists, are not here; torch.distributed calls these.
+# ProcessGroup's other overloads, with tensors instead of lists, are left out: torch.distributed does not call them.
 # mypy: disable-error-code="override,assignment"
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch.distributed as dist
 from mpi4py import MPI
 
 from ..environment import rank_prefix
-from .tensors import Reduction, Target, check, moved, pack, reduced, reduction
-from .work import MPIWork, refused
+from .tensors import Reduction, Target, check_tensors, move_buffer, pack, reduce_buffer, reduction
+from .work import MPIWork, operation_error
 
 NAME = "mpi4py"  # of the backend
 DESTROYED = "the process group has been destroyed: make a new one"
@@ -33,7 +33,7 @@ class Operations(dist.ProcessGroup):
 
     Args:
         comm: the communicator, with the ranks in the group's order.
-        timeout: after which an operation that other ranks have not joined is an error.
+        timeout: of each operation.
     """
 
     def __init__(self, comm: Any, timeout: timedelta) -> None:
@@ -44,7 +44,7 @@ class Operations(dist.ProcessGroup):
         self._prefix = rank_prefix(self.rank(), self._size)
         self._pending: list[MPIWork] = []
 
-    # -- operations whose result is the same everywhere ---------------------------------------------------------------
+    # -- operations with the same result on every rank ----------------------------------------------------------------
 
     def allreduce(self, tensors: list[torch.Tensor], opts: Any = None) -> MPIWork:
         """Replaces each tensor by its reduction over the ranks."""
@@ -54,19 +54,19 @@ class Operations(dist.ProcessGroup):
         return self._reduce_in_place("all_reduce_coalesced", tensors, opts, self._comm.Iallreduce)
 
     def broadcast(self, tensors: list[torch.Tensor], opts: Any = None) -> MPIWork:
-        """Replaces each tensor by that of the rank opts.rootRank."""
+        """Replaces each tensor by that of rank opts.rootRank."""
         root = getattr(opts, "rootRank", 0)
         self._check("broadcast", tensors)
         targets = [Target([t], filled=root == self.rank()) for t in tensors]
 
         def start() -> list[Any]:
-            return [self._comm.Ibcast(moved(t.flat), root) for t in targets]
+            return [self._comm.Ibcast(move_buffer(t.flat), root) for t in targets]
 
         return self._work("broadcast", start, tensors, targets if root != self.rank() else (), opts, keep=targets)
 
     def allgather(self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], opts: Any = None) -> MPIWork:
         """Fills outputs[0][rank] with each rank's input; sizes may differ between ranks."""
-        return self._gathers("all_gather", outputs, inputs, opts)
+        return self._all_gather("all_gather", outputs, inputs, opts)
 
     def allgather_coalesced(
         self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], opts: Any = None
@@ -74,22 +74,22 @@ class Operations(dist.ProcessGroup):
         """Fills outputs[rank][i] with each rank's inputs[i]."""
         name = "all_gather_coalesced"
         self._expect_one_for_each(name, outputs)
-        return self._gathers(name, [list(of_ranks) for of_ranks in zip(*outputs, strict=True)], inputs, opts)
+        return self._all_gather(name, [list(of_ranks) for of_ranks in zip(*outputs, strict=True)], inputs, opts)
 
     def all_gather_single(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> MPIWork:
         """Fills output with the ranks' inputs, one after another."""
         return self.all_gather_single_coalesced([output], [input], opts)
 
-    _allgather_base = all_gather_single  # its name before torch 2.13
+    _allgather_base = all_gather_single  # the name before torch 2.13
 
     def all_gather_single_coalesced(
         self, outputs: list[torch.Tensor], inputs: list[torch.Tensor], opts: Any = None
     ) -> MPIWork:
         for output, input in zip(outputs, inputs, strict=True):
             self._expect_size("all_gather_into_tensor", output, input.numel() * self._size)
-        return self._gathers("all_gather_into_tensor", [[o] for o in outputs], inputs, opts)
+        return self._all_gather("all_gather_into_tensor", [[o] for o in outputs], inputs, opts)
 
-    allgather_into_tensor_coalesced = all_gather_single_coalesced  # as above, and so below
+    allgather_into_tensor_coalesced = all_gather_single_coalesced  # the name before torch 2.13; likewise below
 
     def barrier(self, opts: Any = None) -> MPIWork:
         return self._work("barrier", lambda: [self._comm.Ibarrier()], [], (), opts)
@@ -97,7 +97,7 @@ class Operations(dist.ProcessGroup):
     # -- operations with a root ---------------------------------------------------------------------------------------
 
     def reduce(self, tensors: list[torch.Tensor], opts: Any = None) -> MPIWork:
-        """Replaces each tensor by its reduction on the rank opts.rootRank, and leaves it as it is on the others."""
+        """Replaces each tensor by its reduction on rank opts.rootRank only."""
         root = getattr(opts, "rootRank", 0)
         if root == self.rank():
 
@@ -105,58 +105,58 @@ class Operations(dist.ProcessGroup):
                 return self._comm.Ireduce(MPI.IN_PLACE, buffer, op, root)
 
             return self._reduce_in_place("reduce", tensors, opts, at_root)
-        plan = self._plan("reduce", tensors, opts)
+        plan = self._reduction("reduce", tensors, opts)
         sent = [pack([t], plan.dtype) for t in tensors]
 
         def start() -> list[Any]:
-            return [self._comm.Ireduce(reduced(s), None, plan.op, root) for s in sent]
+            return [self._comm.Ireduce(reduce_buffer(s), None, plan.op, root) for s in sent]
 
         return self._work("reduce", start, tensors, (), opts, keep=sent)
 
     def gather(self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], opts: Any = None) -> MPIWork:
-        """Fills outputs[0][rank] on the rank opts.rootRank with each rank's input."""
+        """Fills outputs[0][rank] on rank opts.rootRank with each rank's input."""
         root, (input,) = getattr(opts, "rootRank", 0), inputs
         at_root = root == self.rank()
         results = outputs[0] if at_root else []
         self._expect_one_for_each("gather", results, at_root)
         self._check("gather", [input, *results])
         target = Target(results) if at_root else None
-        sent = pack([input], apart_from=target)
+        sent = pack([input], not_aliasing=target)
 
         def start() -> list[Any]:
-            received = moved(target.flat, [t.numel() for t in results]) if target else None
-            return [self._comm.Igatherv(moved(sent), received, root)]
+            received = move_buffer(target.flat, [t.numel() for t in results]) if target else None
+            return [self._comm.Igatherv(move_buffer(sent), received, root)]
 
         return self._work("gather", start, results, [target] if target else (), opts, keep=[sent])
 
     def scatter(self, outputs: list[torch.Tensor], inputs: list[list[torch.Tensor]], opts: Any = None) -> MPIWork:
-        """Fills outputs[0] with inputs[0][rank] of the rank opts.rootRank."""
+        """Fills outputs[0] with inputs[0][this rank] of rank opts.rootRank."""
         root, (output,) = getattr(opts, "rootRank", 0), outputs
         at_root = root == self.rank()
         parts = inputs[0] if at_root else []
         self._expect_one_for_each("scatter", parts, at_root)
         self._check("scatter", [output, *parts])
         target = Target([output])
-        sent = pack(parts, apart_from=target) if at_root else None
+        sent = pack(parts, not_aliasing=target) if at_root else None
 
         def start() -> list[Any]:
-            whole = moved(sent, [t.numel() for t in parts]) if sent is not None else None
-            return [self._comm.Iscatterv(whole, moved(target.flat), root)]
+            whole = move_buffer(sent, [t.numel() for t in parts]) if sent is not None else None
+            return [self._comm.Iscatterv(whole, move_buffer(target.flat), root)]
 
         return self._work("scatter", start, [output], [target], opts, keep=[sent])
 
-    # -- operations whose result differs from rank to rank ------------------------------------------------------------
+    # -- operations with a different result on each rank --------------------------------------------------------------
 
     def reduce_scatter(
         self, outputs: list[torch.Tensor], inputs: list[list[torch.Tensor]], opts: Any = None
     ) -> MPIWork:
-        """Fills outputs[0] with the reduction of the ranks' inputs[0][rank]; sizes may differ between ranks."""
+        """Fills outputs[0] with the reduction of all ranks' inputs[0][this rank]; sizes may differ between ranks."""
         self._expect_one_for_each("reduce_scatter", inputs[0])
         self._expect_size("reduce_scatter", outputs[0], inputs[0][self.rank()].numel())
-        return self._reduce_scatters("reduce_scatter", outputs, inputs, [[t.numel() for t in i] for i in inputs], opts)
+        return self._reduce_scatter("reduce_scatter", outputs, inputs, [[t.numel() for t in i] for i in inputs], opts)
 
     def reduce_scatter_single(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> MPIWork:
-        """Fills output with this rank's part of the reduction of the ranks' inputs."""
+        """Fills output with this rank's part of the reduction of all ranks' inputs."""
         return self.reduce_scatter_single_coalesced([output], [input], opts)
 
     _reduce_scatter_base = reduce_scatter_single
@@ -167,7 +167,7 @@ class Operations(dist.ProcessGroup):
         for output, input in zip(outputs, inputs, strict=True):
             self._expect_size("reduce_scatter_tensor", input, output.numel() * self._size)
         counts = [[output.numel()] * self._size for output in outputs]
-        return self._reduce_scatters("reduce_scatter_tensor", outputs, [[i] for i in inputs], counts, opts)
+        return self._reduce_scatter("reduce_scatter_tensor", outputs, [[i] for i in inputs], counts, opts)
 
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
 
@@ -186,15 +186,15 @@ class Operations(dist.ProcessGroup):
         input_split_sizes: list[int],
         opts: Any = None,
     ) -> MPIWork:
-        """Sends rows of input to each rank, by default equally many, and fills output with what comes."""
+        """Sends rows of input to each rank, equally many by default, and fills output with the rows received."""
         name = "all_to_all_single"
-        received = self._elements(name, "output", output, output_split_sizes)
-        sent = self._elements(name, "input", input, input_split_sizes)
+        received = self._share_sizes(name, "output", output, output_split_sizes)
+        sent = self._share_sizes(name, "input", input, input_split_sizes)
         return self._all_to_all(name, [output], received, [input], sent, opts)
 
     alltoall_base = all_to_all_single
 
-    # -- from one rank to another -------------------------------------------------------------------------------------
+    # -- point to point -----------------------------------------------------------------------------------------------
 
     def send(self, tensors: list[torch.Tensor], destination: int, tag: int = 0) -> MPIWork:
         self._check("send", tensors)
@@ -202,35 +202,35 @@ class Operations(dist.ProcessGroup):
         sent = [pack([t]) for t in tensors]
 
         def start() -> list[Any]:
-            return [self._comm.Isend(moved(s), destination, tag) for s in sent]
+            return [self._comm.Isend(move_buffer(s), destination, tag) for s in sent]
 
         return self._work("send", start, tensors, (), None, keep=sent, results=())
 
     def recv(self, tensors: list[torch.Tensor], source: int, tag: int = 0) -> MPIWork:
         self._check("recv", tensors)
         self._check_tag("recv", tag)
-        targets = [Target([t], filled=True) for t in tensors]  # for a message may be shorter than its tensor
+        targets = [Target([t], filled=True) for t in tensors]  # filled: a message may be shorter than its tensor
 
         def start() -> list[Any]:
-            return [self._comm.Irecv(moved(t.flat), source, tag) for t in targets]
+            return [self._comm.Irecv(move_buffer(t.flat), source, tag) for t in targets]
 
         return self._work("recv", start, tensors, targets, None)
 
     def recv_anysource(self, tensors: list[torch.Tensor], tag: int = 0) -> MPIWork:
         return self.recv(tensors, MPI.ANY_SOURCE, tag)
 
-    # -- what they have in common -------------------------------------------------------------------------------------
+    # -- helpers ------------------------------------------------------------------------------------------------------
 
     def _reduce_in_place(self, name: str, tensors: list[torch.Tensor], opts: Any, call: Callable[..., Any]) -> MPIWork:
-        plan = self._plan(name, tensors, opts)
+        plan = self._reduction(name, tensors, opts)
         targets = [Target([t], plan.dtype, filled=True) for t in tensors]
 
         def start() -> list[Any]:
-            return [call(MPI.IN_PLACE, reduced(t.flat), plan.op) for t in targets]
+            return [call(MPI.IN_PLACE, reduce_buffer(t.flat), plan.op) for t in targets]
 
         return self._work(name, start, tensors, targets, opts, average=plan.average)
 
-    def _gathers(
+    def _all_gather(
         self, name: str, outputs: Sequence[list[torch.Tensor]], inputs: list[torch.Tensor], opts: Any
     ) -> MPIWork:
         single = name == "all_gather_into_tensor"
@@ -240,21 +240,21 @@ class Operations(dist.ProcessGroup):
                 self._expect_one_for_each(name, output)
                 self._expect_size(name, output[self.rank()], input.numel())
         targets = [Target(output) for output in outputs]
-        sent = [pack([i], apart_from=t) for i, t in zip(inputs, targets, strict=True)]
+        sent = [pack([i], not_aliasing=t) for i, t in zip(inputs, targets, strict=True)]
 
         def start() -> list[Any]:
             requests = []
             for s, target, output in zip(sent, targets, outputs, strict=True):
                 counts = [s.numel()] * self._size if single else [t.numel() for t in output]
                 if len(set(counts)) == 1:
-                    requests.append(self._comm.Iallgather(moved(s), moved(target.flat, counts[0])))
+                    requests.append(self._comm.Iallgather(move_buffer(s), move_buffer(target.flat, counts[0])))
                 else:
-                    requests.append(self._comm.Iallgatherv(moved(s), moved(target.flat, counts)))
+                    requests.append(self._comm.Iallgatherv(move_buffer(s), move_buffer(target.flat, counts)))
             return requests
 
         return self._work(name, start, [t for output in outputs for t in output], targets, opts, keep=sent)
 
-    def _reduce_scatters(
+    def _reduce_scatter(
         self,
         name: str,
         outputs: list[torch.Tensor],
@@ -262,15 +262,15 @@ class Operations(dist.ProcessGroup):
         counts: list[list[int]],
         opts: Any,
     ) -> MPIWork:
-        plan = self._plan(name, outputs, opts)
+        plan = self._reduction(name, outputs, opts)
         for output, input in zip(outputs, inputs, strict=True):
             self._check(name, [output, *input])
         targets = [Target([output], plan.dtype) for output in outputs]
-        sent = [pack(input, plan.dtype, apart_from=t) for input, t in zip(inputs, targets, strict=True)]
+        sent = [pack(input, plan.dtype, not_aliasing=t) for input, t in zip(inputs, targets, strict=True)]
 
         def start() -> list[Any]:
-            triples = zip(sent, targets, counts, strict=True)
-            return [self._comm.Ireduce_scatter(reduced(s), reduced(t.flat), n, plan.op) for s, t, n in triples]
+            buffers = [(reduce_buffer(s), reduce_buffer(t.flat)) for s, t in zip(sent, targets, strict=True)]
+            return [self._comm.Ireduce_scatter(*b, n, plan.op) for b, n in zip(buffers, counts, strict=True)]
 
         return self._work(name, start, outputs, targets, opts, keep=sent, average=plan.average)
 
@@ -285,14 +285,14 @@ class Operations(dist.ProcessGroup):
     ) -> MPIWork:
         self._check(name, [*outputs, *inputs])
         target = Target(outputs)
-        packed = pack(inputs, apart_from=target)
+        packed = pack(inputs, not_aliasing=target)
 
         def start() -> list[Any]:
-            return [self._comm.Ialltoallv(moved(packed, sent), moved(target.flat, received))]
+            return [self._comm.Ialltoallv(move_buffer(packed, sent), move_buffer(target.flat, received))]
 
         return self._work(name, start, outputs, [target], opts, keep=[packed])
 
-    def _plan(self, name: str, tensors: Sequence[torch.Tensor], opts: Any) -> Reduction:
+    def _reduction(self, name: str, tensors: Sequence[torch.Tensor], opts: Any) -> Reduction:
         self._check(name, tensors)
         operation = getattr(opts, "reduceOp", dist.ReduceOp.SUM)
         operation = getattr(operation, "op", operation)  # a ReduceOp holds a RedOpType
@@ -313,7 +313,7 @@ class Operations(dist.ProcessGroup):
         results: Sequence[torch.Tensor] | None = None,
         average: bool = False,
     ) -> MPIWork:
-        """Starts an operation, and returns what waits for it and then gives tensors their results out of targets."""
+        """Starts an operation. Returns its MPIWork, which at the end copies the results from targets to tensors."""
         label = self._label(name, tensors)
         if self._closed:
             raise RuntimeError(f"{label}: {DESTROYED}")
@@ -331,7 +331,7 @@ class Operations(dist.ProcessGroup):
         try:
             requests = start()
         except MPI.Exception as error:
-            raise refused(label, error) from None
+            raise operation_error(label, error) from None
         timeout = getattr(opts, "timeout", None)
         seconds = timeout.total_seconds() if timeout is not None and timeout > timedelta(0) else None
         work = MPIWork(
@@ -349,12 +349,12 @@ class Operations(dist.ProcessGroup):
 
     def _check(self, name: str, tensors: Sequence[Any]) -> None:
         try:
-            check(tensors)
+            check_tensors(tensors)
         except TypeError as error:
             raise TypeError(f"{self._label(name, tensors)}: {error}") from None
 
     def _check_tag(self, name: str, tag: int) -> None:
-        """Refuses what MPI would take for any tag, or not at all."""
+        """Refuses tags that MPI reads as a wildcard or does not support."""
         largest = self._comm.Get_attr(MPI.TAG_UB)
         if not 0 <= tag <= largest:
             raise ValueError(f"{self._label(name)}: expected a tag from 0 to {largest}; got {tag}: give another")
@@ -377,8 +377,8 @@ class Operations(dist.ProcessGroup):
                 f"{tensor.numel()}, in shape {tuple(tensor.shape)}: the ranks' parts make up the whole"
             )
 
-    def _elements(self, name: str, what: str, tensor: torch.Tensor, rows: Sequence[int]) -> list[int]:
-        """Returns how many elements each rank's share of tensor is, of `rows` rows, by default equally many."""
+    def _share_sizes(self, name: str, what: str, tensor: torch.Tensor, rows: Sequence[int]) -> list[int]:
+        """Returns the number of elements in each rank's share: rows[rank] rows of tensor, equally many by default."""
         length = tensor.shape[0] if tensor.dim() else 1
         shares = list(rows) or [length // self._size] * self._size
         if len(shares) != self._size or sum(shares) != length:

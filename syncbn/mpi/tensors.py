@@ -1,8 +1,8 @@
-"""Tensors as MPI sees them: flat host memory of a datatype that MPI has, and the way there and back.
+"""Tensors as MPI buffers: flat host memory with an MPI datatype.
 
-MPI reads and writes a tensor's own memory where that is contiguous, on the host, and of a dtype that MPI can treat.
-Everything else is copied: other strides, lists of tensors, tensors of an accelerator, and the dtypes that MPI cannot
-reduce (bfloat16 and float16 go through float32: mpi4py hands bfloat16 to Open MPI as something else).
+MPI reads and writes a tensor's own memory where that is contiguous, on the host, and of a dtype that MPI supports.
+Everything else is copied: other strides, lists of tensors, tensors on an accelerator, and dtypes that MPI cannot
+reduce. bfloat16 and float16 are reduce_buffer in float32: mpi4py passes bfloat16 to Open MPI with a wrong datatype.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from mpi4py import MPI
 
-# What MPI adds up. Narrower floating-point dtypes are widened first, and rounded once, after the last addition.
-_REDUCED = {
+# Datatypes for reductions. Narrower floating-point dtypes are widened first, and rounded once after the reduction.
+_REDUCTION_DATATYPES = {
     torch.float32: MPI.FLOAT,
     torch.float64: MPI.DOUBLE,
     torch.complex64: MPI.C_FLOAT_COMPLEX,
@@ -39,14 +39,20 @@ _OPERATIONS = {
     "BXOR": MPI.BXOR,
 }
 _BITWISE = ("BAND", "BOR", "BXOR")
-# Of truth values, as bytes 0 and 1, "sum" is "or" and "product" is "and", as torch's own sum().bool() has it.
-_OF_BOOL = _OPERATIONS | {"SUM": MPI.MAX, "PRODUCT": MPI.MIN}
-# What MPI only moves: by size, so that it need not know the dtype.
-_MOVED = {1: MPI.BYTE, 2: MPI.UINT16_T, 4: MPI.UINT32_T, 8: MPI.UINT64_T, 16: MPI.C_DOUBLE_COMPLEX}
+# For bool, as bytes 0 and 1: SUM is "or" and PRODUCT is "and", as in torch's sum().bool().
+_BOOL_OPERATIONS = _OPERATIONS | {"SUM": MPI.MAX, "PRODUCT": MPI.MIN}
+# Datatypes for operations that only move elements, by element size: MPI need not know the dtype.
+_MOVE_DATATYPES = {1: MPI.BYTE, 2: MPI.UINT16_T, 4: MPI.UINT32_T, 8: MPI.UINT64_T, 16: MPI.C_DOUBLE_COMPLEX}
 
 
 class Reduction(NamedTuple):
-    """How MPI carries out an operation on a dtype: in `dtype`, as `datatype`, by `op`; `average`: then divided."""
+    """How MPI reduces a dtype.
+
+    Attributes:
+        dtype, datatype: torch's and MPI's type to reduce in.
+        op: the MPI operation.
+        average: whether to divide by the number of ranks afterwards.
+    """
 
     dtype: torch.dtype
     datatype: Any
@@ -55,11 +61,15 @@ class Reduction(NamedTuple):
 
 
 def reduction(operation: str, dtype: torch.dtype) -> Reduction:
-    """Returns how MPI carries out an operation, named as in torch.distributed.ReduceOp, on tensors of dtype.
+    """Returns how MPI reduces tensors of dtype.
+
+    Args:
+        operation: a name in torch.distributed.ReduceOp.
+        dtype: of the tensors.
 
     Raises:
-        TypeError: the operation has no meaning, or none in MPI, for that dtype.
-        ValueError: an operation that MPI does not have, such as PREMUL_SUM.
+        TypeError: the operation is not defined for that dtype.
+        ValueError: MPI has no such operation, as for PREMUL_SUM.
     """
     if operation not in _OPERATIONS:
         raise ValueError(
@@ -78,19 +88,19 @@ def reduction(operation: str, dtype: torch.dtype) -> Reduction:
     if operation in ("MIN", "MAX") and dtype.is_complex:
         raise TypeError(f"expected numbers with an order for ReduceOp.{operation}; got {dtype}: use abs or real first")
     if dtype == torch.bool:
-        return Reduction(torch.uint8, MPI.UINT8_T, _OF_BOOL[operation], False)
+        return Reduction(torch.uint8, MPI.UINT8_T, _BOOL_OPERATIONS[operation], False)
     wide = dtype
     if real and dtype.itemsize < 4:
         wide = torch.float32
     elif dtype == torch.complex32:
         wide = torch.complex64
-    if wide not in _REDUCED:
+    if wide not in _REDUCTION_DATATYPES:
         raise TypeError(f"expected a dtype that MPI can reduce; got {dtype}: convert it before")
-    return Reduction(wide, _REDUCED[wide], _OPERATIONS[operation], operation == "AVG")
+    return Reduction(wide, _REDUCTION_DATATYPES[wide], _OPERATIONS[operation], operation == "AVG")
 
 
-def check(tensors: Sequence[Any]) -> None:
-    """Refuses what has no elements in memory, or dtypes that differ: facts that are the same on every rank."""
+def check_tensors(tensors: Sequence[Any]) -> None:
+    """Refuses tensors without dense memory, and mixed dtypes: properties that are the same on every rank."""
     for tensor in tensors:
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"expected tensors; got {type(tensor).__name__}")
@@ -104,29 +114,29 @@ def check(tensors: Sequence[Any]) -> None:
 
 
 def pack(
-    tensors: Sequence[torch.Tensor], dtype: torch.dtype | None = None, apart_from: Target | None = None
+    tensors: Sequence[torch.Tensor], dtype: torch.dtype | None = None, not_aliasing: Target | None = None
 ) -> torch.Tensor:
-    """Returns the elements of tensors one after another, in row-major order, on the host: of one, perhaps its memory.
+    """Returns the elements of tensors as one flat host tensor, which may share the memory of a single tensor.
 
     Args:
         tensors: one or more, of any strides and devices.
-        dtype: to convert to, by default their own.
-        apart_from: what MPI writes in the same call, and must not be the same memory.
+        dtype: of the result, by default the tensors'.
+        not_aliasing: the Target of the same MPI call, with which the result must not share memory.
     """
     parts = [t.detach().resolve_conj().resolve_neg().to("cpu", dtype or t.dtype).contiguous().view(-1) for t in tensors]
     flat = parts[0] if len(parts) == 1 else torch.cat(parts)
-    if apart_from is not None and flat.untyped_storage().data_ptr() == apart_from.flat.untyped_storage().data_ptr():
+    if not_aliasing is not None and flat.untyped_storage().data_ptr() == not_aliasing.flat.untyped_storage().data_ptr():
         return flat.clone()
     return flat
 
 
 class Target:
-    """Flat host memory for MPI to write what is meant for tensors: the memory of the one, or to be copied from.
+    """Flat host memory that MPI writes: the memory of a single tensor, or a buffer that unpack copies to tensors.
 
     Args:
-        tensors: one or more, of one dtype, that MPI's result is for.
-        dtype: of the result, by default the tensors'.
-        filled: whether MPI also reads what is in the tensors.
+        tensors: one or more, of one dtype, to receive the result.
+        dtype: of the buffer, by default the tensors'.
+        filled: whether MPI also reads the buffer, which then starts with the tensors' elements.
 
     Attributes:
         flat: (sum of the tensors' elements,).
@@ -143,36 +153,36 @@ class Target:
             self.flat = torch.empty(sum(t.numel() for t in tensors), dtype=dtype)
 
     def unpack(self, divisor: int = 1) -> None:
-        """Gives the tensors what MPI wrote, where it did not write into their memory, divided by divisor."""
+        """Divides MPI's result by divisor, and copies it to the tensors unless it is in their memory already."""
         if self._direct and divisor == 1:
             return
-        # Also tensors that were made in inference mode, or that require gradients, are written, as by other backends.
+        # inference_mode: like other backends, write inference tensors and tensors that require gradients, too.
         with torch.inference_mode():
-            if divisor > 1:  # of complex numbers each part by itself: a complex division would round more
+            if divisor > 1:  # complex: divide both parts; complex division rounds more
                 (torch.view_as_real(self.flat) if self.flat.is_complex() else self.flat).div_(divisor)
             if self._direct:
                 return
             parts = torch.split(self.flat, [t.numel() for t in self._tensors])
             for tensor, part in zip(self._tensors, parts, strict=True):
-                # In the tensor's dtype, for torch copies float32 into negative views of float16 with the wrong sign.
+                # Convert first: torch copies float32 into negative views of float16 with the wrong sign.
                 tensor.copy_(part.view(tensor.shape).to(tensor.dtype))
 
 
 def memory(flat: torch.Tensor) -> Any:
-    """Returns the memory of a contiguous host tensor. It does not keep the tensor alive."""
+    """Returns the memory of a contiguous host tensor, without keeping the tensor alive."""
     return MPI.memory.fromaddress(flat.data_ptr(), flat.numel() * flat.element_size())
 
 
-def moved(flat: torch.Tensor, counts: Sequence[int] | int | None = None) -> list[Any]:
-    """Returns the buffer argument of a call that moves flat.
+def move_buffer(flat: torch.Tensor, counts: Sequence[int] | int | None = None) -> list[Any]:
+    """Returns flat as the buffer argument of an MPI call that only moves elements.
 
     Args:
         flat: of any dtype.
-        counts: how many elements go to, or come from, each rank: one number for all where MPI wants one.
+        counts: number of elements for each rank, or one number where the MPI call takes one; by default all.
     """
-    return [memory(flat), flat.numel() if counts is None else counts, _MOVED[flat.element_size()]]
+    return [memory(flat), flat.numel() if counts is None else counts, _MOVE_DATATYPES[flat.element_size()]]
 
 
-def reduced(flat: torch.Tensor) -> list[Any]:
-    """Returns the buffer argument of a call that reduces flat, of a Reduction's dtype."""
-    return [memory(flat), flat.numel(), _REDUCED[flat.dtype]]
+def reduce_buffer(flat: torch.Tensor) -> list[Any]:
+    """Returns flat, of a Reduction's dtype, as the buffer argument of an MPI reduction."""
+    return [memory(flat), flat.numel(), _REDUCTION_DATATYPES[flat.dtype]]

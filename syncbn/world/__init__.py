@@ -1,11 +1,11 @@
-"""Who am I? Rank, world size and device under torchrun, mpirun, mpiexec, srun and others, and the group of all ranks.
+"""Rank, world size and device under torchrun, mpirun, mpiexec, srun and others, and the process group of all ranks.
 
-| module      | what it does                                                   |
-|-------------|----------------------------------------------------------------|
-| rendezvous  | lets the ranks find each other, and says who is missing        |
-| group       | chooses device and backend, and makes the process group        |
+| module      | what it does                                             |
+|-------------|----------------------------------------------------------|
+| rendezvous  | lets ranks find each other; names those that are missing |
+| group       | chooses device and backend; makes the process group      |
 
-Torch and mpi4py are loaded when `init_process_group` is called.
+Only `init_process_group` loads torch and mpi4py.
 """
 
 from __future__ import annotations

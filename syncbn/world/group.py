@@ -1,4 +1,4 @@
-"""`init_process_group`: joins the ranks that a launcher started, whichever launcher that was."""
+"""`init_process_group`: one process group of the ranks that any launcher started."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ..environment import MPI_LAUNCHERS, Launch, LaunchError, rank_prefix, read_environment
-from .rendezvous import Card, abort_at_exit, call_the_roll, local_place, mpi_world, open_store
+from .rendezvous import RankInfo, abort_mpi_at_exit, gather_rank_info, local_rank_and_size, mpi_world, open_store
 
 if TYPE_CHECKING:
     import torch
@@ -31,17 +31,17 @@ _LAUNCHERS = {
 
 
 class World:
-    """The ranks that `init_process_group` has joined. Printed, it says who this one is; as a context, it closes itself.
+    """The ranks that `init_process_group` has joined. str() describes this rank; a with statement closes the group.
 
-    An exception that leaves the context, or the script, ends all ranks: torchrun and srun see to it when this process
-    ends, and for mpirun this process aborts MPI when it ends.
+    An exception that leaves the with statement, or the script, ends all ranks: torchrun and srun end the others when
+    this process ends; under mpirun this process aborts MPI.
 
     Attributes:
-        rank, world_size: this process's number, from 0, and how many there are.
+        rank, world_size: this process's rank and the number of ranks.
         local_rank, local_world_size: the same among the processes of this node.
-        device: where this rank's tensors belong, a torch.device.
-        backend: that of torch.distributed.
-        launcher: torchrun, openmpi, mvapich2, hydra, slurm, environment, or None for a process that was started alone.
+        device: the torch.device for this rank's tensors.
+        backend: the torch.distributed backend.
+        launcher: torchrun, openmpi, mvapich2, hydra, slurm, environment, or None without a launcher.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class World:
         )
 
     def close(self) -> None:
-        """Ends the process group and takes back the environment variables; a second call does nothing."""
+        """Destroys the process group and unsets the variables that were set. A second call does nothing."""
         import torch.distributed as dist
 
         group, self._group = self._group, None
@@ -92,37 +92,37 @@ class World:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None and self.launcher in MPI_LAUNCHERS:
-            abort_at_exit(error)
+            abort_mpi_at_exit(error)
         self.close()
 
 
 def init_process_group(
     backend: str | None = None, *, device: str | None = None, timeout: timedelta | None = None
 ) -> World:
-    """Joins the ranks of this launch, and makes them torch.distributed's default group.
+    """Makes the ranks of this launch torch.distributed's default process group.
 
-    The same script runs under torchrun, mpirun, mpiexec, srun and a PyTorchJob, and alone, as a world of one. See
-    `syncbn.world.read_environment` for how the launcher is found. With several GPUs on a node local_rank chooses one,
-    counted among those that this process sees; it becomes torch.cuda's current device.
+    The same script runs under torchrun, mpirun, mpiexec, srun and a PyTorchJob, and without a launcher as a world of
+    one. See `syncbn.world.read_environment` for how the launcher is found. On a node with several GPUs, local_rank is
+    the index of this rank's GPU among those that the process sees; it becomes torch.cuda's current device.
 
-    RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set, for libraries that read them,
-    where they are not; those that are given stay as they are.
+    For libraries that read them, RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set
+    unless they already are.
 
     Args:
         backend: of torch.distributed, as "gloo" or "cpu:gloo,cuda:nccl". If None: "nccl" for ranks on GPUs; else
-            "mpi4py", syncbn's own, where MPI started the ranks and mpi4py is installed; else "gloo".
+            syncbn's "mpi4py" where MPI started the ranks and mpi4py is installed; else "gloo".
         device: "cuda" or "cpu"; if None, "cuda" where torch sees a GPU.
-        timeout: a datetime.timedelta, within which all ranks must join, and then every message must end; over MPI
-            those of torch.distributed alone, for the layers call MPI directly. If None, 5 minutes, and the backend's
-            own.
+        timeout: a datetime.timedelta, within which all ranks must join, and each operation must then complete. The
+            layers' messages over MPI have no timeout, for they bypass torch.distributed. If None, 5 minutes to join,
+            and the backend's default for operations.
 
     Collective:
-        every rank must call. Ranks that do not fit together, or that wait for others in vain, all raise.
+        every rank must call. If ranks are missing or their settings differ, all raise.
 
     Raises:
         LaunchError: a contradictory environment, no address of rank 0, a port in use, ranks that do not join in time
-            (those that did are named), a backend that is not there, a world that exists already.
-        TypeError, ValueError: another backend, timeout or device than those above.
+            (the message names those that did), an unavailable backend, a process group that exists already.
+        TypeError, ValueError: a backend, timeout or device that is none of the above.
     """
     import torch
     import torch.distributed as dist
@@ -144,7 +144,7 @@ def init_process_group(
         raise TypeError(f"expected backend to be None or a name, as 'gloo'; got {backend!r}: leave it out")
     launch = read_environment()
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    backend = _checked(backend, kind) if backend else _choose(kind, launch)
+    backend = _check_backend(backend, kind) if backend else _default_backend(kind, launch)
     if backend == "mpi4py" and launch is not None:
         mpi_world(launch)
     gpus = _gpu_names() if kind == "cuda" else []
@@ -153,7 +153,7 @@ def init_process_group(
         world = World(0, 1, 0, 1, _device(kind, 0, gpus), backend, None)
     else:
         store, addr, port = open_store(launch, timeout or _JOIN_TIMEOUT)
-        card: Card = {
+        info: RankInfo = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "world_size": launch.world_size,
@@ -162,8 +162,8 @@ def init_process_group(
             "gpus": gpus,
             "local_rank": launch.local_rank,
         }
-        cards = call_the_roll(store, launch, card, timeout or _JOIN_TIMEOUT)
-        local_rank, local_world_size = local_place(cards, launch.rank)
+        infos = gather_rank_info(store, launch, info, timeout or _JOIN_TIMEOUT)
+        local_rank, local_world_size = local_rank_and_size(infos, launch.rank)
         local_world_size = launch.local_world_size or local_world_size
         where = _device(kind, local_rank, gpus)
         world = World(launch.rank, launch.world_size, local_rank, local_world_size, where, backend, launch.launcher)
@@ -173,28 +173,32 @@ def init_process_group(
     return world
 
 
-def _choose(kind: str, launch: Launch | None) -> str:
+def _default_backend(kind: str, launch: Launch | None) -> str:
     """Returns the backend for ranks on this kind of device. See init_process_group for the rule."""
     import torch.distributed as dist
 
     if kind == "cuda" and dist.is_nccl_available():
         return "nccl"
-    return "mpi4py" if launch is not None and launch.is_mpi and not _missing_mpi_backend() else "gloo"
+    return "mpi4py" if launch is not None and launch.is_mpi and not _why_no_mpi_backend() else "gloo"
 
 
-def _checked(backend: str, kind: str) -> str:
-    """Returns the backend that was asked for, in lower case as torch has it, or says why it cannot be had."""
+def _check_backend(backend: str, kind: str) -> str:
+    """Returns the requested backend in torch's lower case.
+
+    Raises:
+        LaunchError: it is not available.
+    """
     import torch.distributed as dist
 
     backend = backend.lower()
     if backend == "nccl" and kind != "cuda":
         raise LaunchError("expected a GPU for backend='nccl'; got none: leave backend out, or ask for 'gloo'")
-    missing = _missing_mpi_backend() if "mpi4py" in backend else ""
-    # One for each kind of device, as "cpu:gloo,cuda:nccl", or one for all.
+    missing = _why_no_mpi_backend() if "mpi4py" in backend else ""
+    # One for each type of device, as "cpu:gloo,cuda:nccl", or one for all.
     asked = [part.rpartition(":")[2] for part in backend.split(",")] if ":" in backend else [backend]
     if not all(map(dist.is_backend_available, asked)):
-        of_no_use = ("undefined", "fake")  # torch's own, for its tests
-        names = [n for n in dist.Backend.backend_list if n not in of_no_use and dist.is_backend_available(n)]
+        internal = ("undefined", "fake")  # for torch's tests
+        names = [n for n in dist.Backend.backend_list if n not in internal and dist.is_backend_available(n)]
         raise LaunchError(
             f"expected a backend that this process has, one of {', '.join(names)}; got {backend!r}"
             f"{missing and f', which has {missing}'}: leave backend out, or import first what registers it; "
@@ -203,8 +207,8 @@ def _checked(backend: str, kind: str) -> str:
     return backend
 
 
-def _missing_mpi_backend() -> str:
-    """Registers torch.distributed's backend "mpi4py" and returns "", or what it lacks."""
+def _why_no_mpi_backend() -> str:
+    """Registers the torch.distributed backend "mpi4py". Returns "", or why that failed."""
     import torch.distributed as dist
 
     try:
@@ -216,7 +220,7 @@ def _missing_mpi_backend() -> str:
 
 
 def _gpu_names() -> list[str]:
-    """Returns what tells each GPU that this process sees from others: where torch knows no uuid, its number."""
+    """Returns a unique name for each GPU that this process sees: its UUID, or its index where torch has no UUID."""
     import torch
 
     properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
@@ -227,7 +231,7 @@ def _gpu_names() -> list[str]:
 
 
 def _device(kind: str, local_rank: int, gpus: list[str]) -> torch.device:
-    """Returns this rank's device. A launcher may show each process its own GPU alone, which then is number 0."""
+    """Returns this rank's device. Launchers may show each process only its own GPU, which then has index 0."""
     import torch
 
     return torch.device(kind, local_rank % len(gpus)) if kind == "cuda" else torch.device(kind)
@@ -258,23 +262,23 @@ def _make_group(world: World, store: Any, timeout: timedelta | None) -> None:
             "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to the interface of the others' network"
         ) from error
     world._group = dist.group.WORLD
-    _let_threads_end_at_exit()
+    _let_gloo_threads_end_at_exit()
 
 
 @functools.cache  # once
-def _let_threads_end_at_exit() -> None:
-    """Leaves the GIL alone for a moment before Python ends.
+def _let_gloo_threads_end_at_exit() -> None:
+    """Releases the GIL for a moment at exit.
 
-    Gloo's threads outlive the group where a model still refers to it. One that has just carried the last message of a
-    backward pass needs the GIL to drop that pass's context; where Python has begun to end instead, the process dies of
-    "terminate called without an active exception" (pytorch issue 190489), and torchrun's other agents wait for
-    minutes. Such a thread has microseconds of work left, but a main thread that only exits never lets it begin.
+    A model that refers to the group keeps Gloo's threads alive. After the last message of a backward pass such a thread
+    needs the GIL to free that pass's context. If Python is already finalising, the process dies of "terminate called
+    without an active exception" (pytorch issue 190489), and torchrun's other agents wait for minutes. The thread needs
+    microseconds, but a main thread that only exits never yields the GIL.
     """
     atexit.register(time.sleep, 0.05)
 
 
 def _export(world: World, addr: str | None, port: int | None) -> None:
-    """Sets torchrun's variables where they are not set; World.close takes them back."""
+    """Sets torchrun's variables that are not set yet; World.close unsets them."""
     values = {
         "RANK": world.rank,
         "WORLD_SIZE": world.world_size,

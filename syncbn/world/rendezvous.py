@@ -1,6 +1,6 @@
-"""How ranks find each other: a store at rank 0, into which each writes who it is before any group is made.
+"""How ranks find each other: each writes its RankInfo into a store at rank 0, before any process group is made.
 
-Whatever one rank finds wrong all ranks must find: they all judge the same list, rank 0's, and raise together.
+All ranks check the same list, which rank 0 publishes, so that they all find the same error and raise together.
 """
 
 from __future__ import annotations
@@ -19,14 +19,19 @@ from typing import Any, TypedDict
 
 from ..environment import Launch, LaunchError
 
-# How long rank 0 waits for the others to have read that something is wrong, and they for it to say so.
-_GRACE = timedelta(seconds=10)
+# After the timeout: how long ranks wait for rank 0's list, and rank 0 for them to have read it.
+_READ_TIMEOUT = timedelta(seconds=10)
 Store = Any  # torch.distributed.Store, which mypy does not know
-_meetings = itertools.count()  # a store may outlive a group; all ranks make their groups in the same order
+_store_numbers = itertools.count()  # a store may outlive its group, so each group has keys of its own
 
 
-class Card(TypedDict):
-    """What a rank tells the others about itself; gpus are the names of those it sees, where it is to use one."""
+class RankInfo(TypedDict):
+    """What a rank tells the others about itself.
+
+    Attributes:
+        gpus: names of the GPUs that the rank sees; empty on the CPU.
+        local_rank: the launcher's, or None.
+    """
 
     host: str
     pid: int
@@ -38,10 +43,10 @@ class Card(TypedDict):
 
 
 def open_store(launch: Launch, timeout: timedelta) -> tuple[Store, str, int]:
-    """Returns the store of all ranks, and the address and port of rank 0, which has it.
+    """Returns the store of all ranks, and the address and port at which rank 0 serves it.
 
     Collective:
-        under MPI without MASTER_ADDR or MASTER_PORT, a broadcast from rank 0, which takes a free port.
+        under MPI without MASTER_ADDR or MASTER_PORT rank 0 chooses a free port and broadcasts it.
 
     Raises:
         LaunchError: no address, a port in use, a rank 0 that cannot be reached within timeout.
@@ -58,11 +63,11 @@ def open_store(launch: Launch, timeout: timedelta) -> tuple[Store, str, int]:
             "them to the host name of rank 0's node and a free port there, the same on every rank"
         )
     store = store or _tcp_store(launch, addr, port, timeout)
-    return PrefixStore(f"syncbn/{launch.job}/{next(_meetings)}", store), addr, port
+    return PrefixStore(f"syncbn/{launch.job}/{next(_store_numbers)}", store), addr, port
 
 
 def _tcp_store(launch: Launch, addr: str, port: int, timeout: timedelta) -> Store:
-    """Returns the store: made by rank 0, or by torchrun's agent; joined by the others. Port 0 is any free one."""
+    """Returns the store. Rank 0, or torchrun's agent, serves it; the others connect. Port 0 means any free one."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     makes_it = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -87,7 +92,7 @@ def _open_over_mpi(launch: Launch, timeout: timedelta) -> tuple[Store, str, int]
     answer: tuple[str, int] | str = ""
     if launch.rank == 0:
         one_node = launch.local_world_size == launch.world_size
-        own = launch.master_addr or ("127.0.0.1" if one_node else _own_name())
+        own = launch.master_addr or ("127.0.0.1" if one_node else _host_name())
         try:
             store = _tcp_store(launch, own, launch.master_port or 0, timeout)
             answer = (own, store.port)
@@ -100,17 +105,17 @@ def _open_over_mpi(launch: Launch, timeout: timedelta) -> tuple[Store, str, int]
     return store or _tcp_store(launch, addr, port, timeout), addr, port
 
 
-def _own_name() -> str:
-    """Returns this node's name as the others know it; a pod's short name is not known elsewhere, its full one is."""
+def _host_name() -> str:
+    """Returns a name of this host that other hosts can resolve: for a Kubernetes pod, that is only the full one."""
     name = socket.getfqdn()
     return socket.gethostname() if name.startswith("localhost") else name
 
 
 def mpi_world(launch: Launch) -> Any:
-    """Returns MPI.COMM_WORLD, which must be the launcher's. From then on an uncaught exception ends all of its ranks.
+    """Returns MPI.COMM_WORLD, after checking that it is the launcher's; uncaught exceptions now abort all ranks.
 
     Raises:
-        LaunchError: no mpi4py, no MPI library, or one that does not know the launcher.
+        LaunchError: no mpi4py, no MPI library, or one of another installation than the launcher.
     """
     try:
         from mpi4py import MPI
@@ -127,100 +132,103 @@ def mpi_world(launch: Launch) -> Any:
     return MPI.COMM_WORLD
 
 
-def abort_at_exit(error: BaseException) -> None:
-    """Makes this process, when it ends, abort MPI: else it waits there for the others, and they for its messages."""
+def abort_mpi_at_exit(error: BaseException) -> None:
+    """Makes this process abort MPI when it exits. MPI's normal exit would wait for ranks that wait for this one."""
     if "mpi4py.MPI" in sys.modules:
         import mpi4py.run
 
         mpi4py.run.set_abort_status(error)
 
 
-@functools.cache  # once: torch, too, wraps the hook that it finds
+@functools.cache  # once; comparing sys.excepthook would not tell, for torch wraps it
 def _abort_at_uncaught_exceptions() -> None:
     previous = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         previous(kind, error, trace)
-        abort_at_exit(error)
+        abort_mpi_at_exit(error)
 
     sys.excepthook = hook
 
 
-def call_the_roll(store: Store, launch: Launch, card: Card, timeout: timedelta) -> list[Card]:
-    """Returns the cards of all ranks, the same list on each.
+def gather_rank_info(store: Store, launch: Launch, info: RankInfo, timeout: timedelta) -> list[RankInfo]:
+    """Returns the RankInfo of every rank, the same list on each.
+
+    Collective:
+        every rank sets its info in the store; rank 0 sets the list of all.
 
     Raises:
-        LaunchError: on every rank that has joined, when others have not within timeout, two processes have one rank,
-            or the ranks do not fit together.
+        LaunchError: some ranks have not joined within timeout, two processes have one rank, or settings differ between
+            ranks. Every rank that has joined raises.
     """
     world_size = launch.world_size
     if store.add(f"processes/{launch.rank}", 1) > 1:
         raise LaunchError(
             f"{launch.prefix}expected each rank once; got a second process with rank {launch.rank}, process "
-            f"{card['pid']} on {card['host']}: give every process its own number in {launch.source}"
+            f"{info['pid']} on {info['host']}: give every process its own number in {launch.source}"
         )
-    store.set(_key(launch.rank), json.dumps(card))
+    store.set(_key(launch.rank), json.dumps(info))
     if launch.rank == 0:
-        # wait() raises when its time is up: those that have not come are told by check().
+        # wait() raises at its timeout; check() then tells which ranks have come.
         with suppress(RuntimeError):
             store.wait([_key(rank) for rank in range(world_size)], timeout)
         present = [store.check([_key(rank)]) for rank in range(world_size)]
-        store.set("roll", json.dumps([json.loads(store.get(_key(r))) if p else None for r, p in enumerate(present)]))
+        store.set("infos", json.dumps([json.loads(store.get(_key(r))) if p else None for r, p in enumerate(present)]))
     try:
-        store.wait(["roll"], timeout + _GRACE)
-        roll: list[Card | None] = json.loads(store.get("roll"))
+        store.wait(["infos"], timeout + _READ_TIMEOUT)
+        infos: list[RankInfo | None] = json.loads(store.get("infos"))
     except RuntimeError as error:
         raise LaunchError(
             f"{launch.prefix}expected rank 0 to say within {timeout.total_seconds():g} s who has joined; got "
             f"{_first_line(error)}: see what rank 0 says"
         ) from error
-    problem = _problem(roll, timeout)
-    if not problem and len(roll) != world_size:
-        problem = f"expected the WORLD_SIZE of rank 0, {len(roll)}; got {world_size}: set one for all ranks"
+    problem = _mismatch(infos, timeout)
+    if not problem and len(infos) != world_size:
+        problem = f"expected the WORLD_SIZE of rank 0, {len(infos)}; got {world_size}: set one for all ranks"
     if problem:
-        _leave_together(store, launch.rank, roll)
+        _wait_until_all_have_read(store, launch.rank, infos)
         raise LaunchError(launch.prefix + problem)
-    return [there for there in roll if there is not None]
+    return [info for info in infos if info is not None]
 
 
-def _leave_together(store: Store, rank: int, roll: list[Card | None]) -> None:
-    """Keeps rank 0, and with it the store, until the others have read the roll."""
+def _wait_until_all_have_read(store: Store, rank: int, infos: list[RankInfo | None]) -> None:
+    """Keeps rank 0, which serves the store, alive until the other ranks have read the list."""
     store.set(f"read/{rank}", "")
     if rank == 0:
         with suppress(RuntimeError):
-            store.wait([f"read/{rank}" for rank, card in enumerate(roll) if card is not None], _GRACE)
+            store.wait([f"read/{rank}" for rank, info in enumerate(infos) if info is not None], _READ_TIMEOUT)
 
 
-def _problem(roll: list[Card | None], timeout: timedelta) -> str:
-    """Says why these ranks cannot make a group, or returns ""."""
-    there = {rank: card for rank, card in enumerate(roll) if card is not None}
-    missing = [rank for rank in range(len(roll)) if rank not in there]
+def _mismatch(infos: list[RankInfo | None], timeout: timedelta) -> str:
+    """Returns why these ranks cannot make a group, or ""."""
+    there = {rank: info for rank, info in enumerate(infos) if info is not None}
+    missing = [rank for rank in range(len(infos)) if rank not in there]
     if missing:
         joined = "; ".join(
             f"{_ranges(r for r, c in there.items() if c['host'] == host)} on {host}" for host in _hosts(there.values())
         )
         return (
-            f"expected {len(roll)} ranks to join within {timeout.total_seconds():g} s; got {len(there)}: {joined}; "
+            f"expected {len(infos)} ranks to join within {timeout.total_seconds():g} s; got {len(there)}: {joined}; "
             f"rank {_ranges(missing)} did not: see that the launcher started every node, and what those ranks say"
         )
     names = {"world_size": "WORLD_SIZE", "backend": "backend", "device": "kind of device"}
     for field, name in names.items():
         values: dict[Any, list[int]] = {}
-        for rank, card in there.items():
-            values.setdefault(card[field], []).append(rank)  # type: ignore[literal-required]
+        for rank, info in there.items():
+            values.setdefault(info[field], []).append(rank)  # type: ignore[literal-required]
         if len(values) > 1:
             got = ", ".join(f"{value} on rank {_ranges(ranks)}" for value, ranks in values.items())
             return f"expected one {name} on all ranks; got {got}: set it for all, in the launcher or in the script"
-    return _shared_gpu(list(there.values()))
+    return _gpu_in_common(list(there.values()))
 
 
-def _shared_gpu(cards: list[Card]) -> str:
-    """Says which ranks share a GPU, which NCCL refuses, or returns ""."""
+def _gpu_in_common(infos: list[RankInfo]) -> str:
+    """Returns which ranks share a GPU, which NCCL refuses, or ""."""
     users: dict[tuple[str, str], list[int]] = {}
-    for rank, card in enumerate(cards):
-        if card["backend"] == "nccl":
-            gpu = card["gpus"][local_place(cards, rank)[0] % len(card["gpus"])]
-            users.setdefault((card["host"], gpu), []).append(rank)
+    for rank, info in enumerate(infos):
+        if info["backend"] == "nccl":
+            gpu = info["gpus"][local_rank_and_size(infos, rank)[0] % len(info["gpus"])]
+            users.setdefault((info["host"], gpu), []).append(rank)
     for (host, gpu), ranks in users.items():
         if len(ranks) > 1:
             return (
@@ -230,19 +238,19 @@ def _shared_gpu(cards: list[Card]) -> str:
     return ""
 
 
-def local_place(cards: list[Card], rank: int) -> tuple[int, int]:
-    """Returns a rank's number on its node, the launcher's or by the order of ranks, and how many ranks are there."""
-    node = [r for r, card in enumerate(cards) if card["host"] == cards[rank]["host"]]
-    local_rank = cards[rank]["local_rank"]
+def local_rank_and_size(infos: list[RankInfo], rank: int) -> tuple[int, int]:
+    """Returns a rank's local rank (the launcher's, or counted in rank order) and its node's number of ranks."""
+    node = [r for r, info in enumerate(infos) if info["host"] == infos[rank]["host"]]
+    local_rank = infos[rank]["local_rank"]
     return node.index(rank) if local_rank is None else local_rank, len(node)
 
 
-def _hosts(cards: Iterable[Card]) -> list[str]:
-    return list(dict.fromkeys(card["host"] for card in cards))
+def _hosts(infos: Iterable[RankInfo]) -> list[str]:
+    return list(dict.fromkeys(info["host"] for info in infos))
 
 
 def _ranges(numbers: Iterable[int]) -> str:
-    """Returns numbers in ascending order as people write them.
+    """Returns ascending numbers as ranges.
 
     >>> _ranges([0, 1, 2, 5, 7, 8])
     '0-2, 5, 7-8'
@@ -257,7 +265,7 @@ def _ranges(numbers: Iterable[int]) -> str:
 
 
 def _key(rank: int) -> str:
-    return f"card/{rank}"
+    return f"info/{rank}"
 
 
 def _first_line(error: Exception) -> str:

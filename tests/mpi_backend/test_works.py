@@ -11,7 +11,7 @@ import torch.distributed as dist
 from mpi4py import MPI
 from test_collectives import all_gather_single, reduce_scatter_single
 
-from syncbn.mpi.tensors import reduced
+from syncbn.mpi.tensors import reduce_buffer
 from syncbn.mpi.work import MPIWork
 
 pytestmark = pytest.mark.mpi(min_size=2)
@@ -44,7 +44,7 @@ def test_an_operation_moves_on_while_nobody_waits():
 
 def test_an_operation_in_the_foreground_would_not():
     comm, tensor = dist.group.WORLD.communicator.comm, torch.ones(LARGE)
-    request = comm.Iallreduce(MPI.IN_PLACE, reduced(tensor), MPI.SUM)
+    request = comm.Iallreduce(MPI.IN_PLACE, reduce_buffer(tensor), MPI.SUM)
     work = MPIWork("control", [request], [tensor], keep=[tensor], background=False)
     assert not until(lambda: work.is_over, 0.1)
     work.wait()

@@ -14,11 +14,11 @@ from ...kernels import choose
 from .cases import Case, Outcome, all_cases, compare
 from .ranks import Ranks
 
-_CASE_TIMEOUT = timedelta(seconds=30)  # for the other ranks when one does not come to a message
+_CASE_TIMEOUT = timedelta(seconds=30)  # how long a message waits for a rank that has raised
 
 
 def check(seed: int) -> int:
-    """Runs all checks on the ranks of this launch; returns 0, or 1 on every rank if one failed on any."""
+    """Runs all cases on the ranks of this launch. Returns 0, or 1 on every rank if any case failed on any rank."""
     with Ranks(_CASE_TIMEOUT) as ranks:
         return _check(seed, ranks)
 
@@ -34,7 +34,7 @@ def _check(seed: int, ranks: Ranks) -> int:
             print(f"FAIL  {case!s:<50}  {failure}; the check ends here: {error}", flush=True)
             raise SystemExit(1) from error
         if any(outcome.failure for outcome in outcomes):
-            ranks.renew()
+            ranks.renew_group()
         passed = _passed(case, outcomes)
         failed += not passed
         if ranks.rank == 0:
@@ -63,7 +63,7 @@ def _attempt(case: Case, seed: int, ranks: Ranks) -> Outcome:
 
 
 def _passed(case: Case, outcomes: list[Outcome]) -> bool:
-    """Within tolerance on every rank; or, for the negative control, clearly out of it on every rank."""
+    """Returns whether every rank is within tolerance or, for the negative control, every rank is out of it."""
     if any(outcome.failure for outcome in outcomes):
         return False
     if case.synchronised:
@@ -72,7 +72,7 @@ def _passed(case: Case, outcomes: list[Outcome]) -> bool:
 
 
 def _describe(case: Case, outcomes: list[Outcome]) -> str:
-    """Returns the worst error and the slowest rank, or what the ranks raised."""
+    """Returns the worst error and the slowest rank, or the errors that ranks raised."""
     failures = [f"{rank_prefix(rank, len(outcomes))}{o.failure}" for rank, o in enumerate(outcomes) if o.failure]
     if failures:
         return "; ".join(failures)

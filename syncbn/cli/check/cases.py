@@ -1,4 +1,4 @@
-"""The cases of `syncbn check`: one layer, forward and backward, against nn.BatchNorm in float64 on the whole batch."""
+"""The cases of `syncbn check`: a layer's forward and backward, against float64 nn.BatchNorm on the whole batch."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Case(NamedTuple):
     """One comparison.
 
     Attributes:
-        split: how the batch is spread over the ranks: even, uneven, or one rank empty.
+        split: of the batch over the ranks: even, uneven, or one rank empty.
         frontend: torch or numpy.
         dtype: of the input.
-        memory: contiguous, channels last, or 2-D for an input (N, C).
+        memory: contiguous, channels last, or 2-D for input of shape (N, C).
         synchronised: False for the negative control.
     """
 
@@ -44,13 +44,13 @@ class Case(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a rank found.
+    """One rank's result.
 
     Attributes:
-        ratio: of the worst error to what is allowed there.
-        error, allowed, quantity: the worst one, and of what.
+        ratio: the largest error / allowed.
+        error, allowed, quantity: the error with that ratio, its bound, and the result it is in.
         seconds: for forward and backward.
-        failure: what this rank raised, or "".
+        failure: the error that this rank raised, or "".
     """
 
     ratio: float
@@ -62,7 +62,7 @@ class Outcome(NamedTuple):
 
 
 def all_cases(ranks: int) -> Iterator[Case]:
-    """Yields what to compare on so many ranks; with one there is nothing to split, and no negative control."""
+    """Yields the cases for that number of ranks. One rank has no splits and no negative control."""
     splits = ("even", "uneven", "one rank empty") if ranks > 1 else ("whole",)
     for split in splits:
         memories = ("contiguous", "channels last")
@@ -76,10 +76,10 @@ def all_cases(ranks: int) -> Iterator[Case]:
 
 
 def compare(case: Case, seed: int, rank: int, ranks: int, group: Any) -> Outcome:
-    """Runs one case and compares this rank's part with nn.BatchNorm in float64 on the whole batch.
+    """Runs one case and compares this rank's results with float64 nn.BatchNorm on the whole batch.
 
     Collective:
-        the layer's, forward and backward, and one all_reduce of 2C float64 for the sums of the parameters' gradients.
+        the layer's, and one all_reduce of 2C float64 to sum the parameters' gradients.
     """
     sizes = _sizes(case.split, ranks)
     part = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
@@ -106,14 +106,14 @@ def compare(case: Case, seed: int, rank: int, ranks: int, group: Any) -> Outcome
 
 
 def _sizes(split: str, ranks: int) -> list[int]:
-    """Returns how many samples each rank takes."""
+    """Returns the number of samples on each rank."""
     if split == "uneven":
         return [rank + 1 for rank in range(ranks)]
     return [0 if split == "one rank empty" and rank == ranks // 2 else 3 for rank in range(ranks)]
 
 
 def _batch(case: Case, samples: int, seed: int) -> tuple[Tensor, Tensor, _Norm]:
-    """Returns x, dy and a layer to start from, the same on every rank."""
+    """Returns x, dy and the initial layer, the same on every rank."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
@@ -135,7 +135,7 @@ def _batch(case: Case, samples: int, seed: int) -> tuple[Tensor, Tensor, _Norm]:
 
 
 def _reference(x: Tensor, dy: Tensor, layer: _Norm) -> dict[str, Tensor]:
-    """Returns what nn.BatchNorm computes in float64 on the whole batch; y and dx as (n, c, s)."""
+    """Returns the results of float64 nn.BatchNorm on the whole batch, y and dx as (n, c, s)."""
     exact = type(layer)(_CHANNELS, dtype=torch.float64)
     exact.load_state_dict(layer.state_dict())
     result = _differentiate(exact, x.double(), dy.double())

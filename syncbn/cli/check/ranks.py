@@ -1,4 +1,4 @@
-"""The ranks of a launch that `syncbn check` runs on: those of torchrun, mpirun or srun, or this process alone."""
+"""The ranks that `syncbn check` runs on: those of torchrun, mpirun or srun, or this process alone."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _REPORT_TIMEOUT = timedelta(seconds=600)
 
 
 class Ranks:
-    """Joins the ranks of this launch, where torch.distributed has not; as a context, leaves them.
+    """Joins the ranks of this launch unless torch.distributed is initialised. A with statement leaves them again.
 
     Args:
-        timeout: of a rank's wait for a message of group's, where the backend frees it then. MPI does not.
+        timeout: of messages in group. MPI has none.
 
     Attributes:
-        rank, size: this process's number, and how many there are.
-        group: what the layers under test take as process_group.
-        name: of the ranks, for people.
+        rank, size: this process's rank and the number of ranks.
+        group: the process_group for the layers under test.
+        name: describes the ranks, for output.
 
     Raises:
         LaunchError: see init_process_group.
@@ -41,21 +41,21 @@ class Ranks:
         self.name = "one process (ranks: torchrun ... -m syncbn check, or mpirun or srun python -m syncbn check)"
         if self.size > 1:
             self.name = f"{self.size} ranks over {dist.get_backend()}"
-            # Reports go over a group of their own: the cases' may be held up by a rank that raised.
+            # A separate group for reports: in the cases' group, ranks may still wait for one that raised.
             self._reports = dist.new_group(timeout=_REPORT_TIMEOUT)
-            self.renew()
+            self.renew_group()
         if self.rank == 0 and self._world is not None:
             print(self._world, flush=True)
 
     def gather(self, report: Any, alone: bool) -> list[Any]:
-        """Returns the reports of all ranks, on every rank.
+        """Returns all ranks' reports, on every rank.
 
         Args:
             report: this rank's.
-            alone: whether this rank raised, so that the others may be waiting for a message of its.
+            alone: whether this rank raised, so that the others may be waiting for its message.
 
         Raises:
-            TimeoutError: they are, for ever.
+            TimeoutError: the others still wait, and their backend has no timeout.
         """
         if self.size == 1:
             return [report]
@@ -70,8 +70,8 @@ class Ranks:
         dist.all_gather_object(reports, report, group=self._reports)
         return reports
 
-    def renew(self) -> None:
-        """Makes another group, for a failure may have left ranks at different messages of the old one."""
+    def renew_group(self) -> None:
+        """Replaces the group: after a failure, ranks may be at different messages of the old one."""
         if self.size > 1:
             self.group = dist.new_group(timeout=self._timeout)
 

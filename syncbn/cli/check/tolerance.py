@@ -1,14 +1,14 @@
-r"""How far a correct float implementation may be from the exact result, element by element.
+r"""Bounds on the rounding errors of a correct implementation, element by element.
 
-The bounds are the usual first-order ones: each operation in a format with unit roundoff u adds u times the size of its
-result, and an error that comes in is passed on by the formula's derivative. Products of roundoffs are left out; the
-factor _SECOND_ORDER covers them. Per channel, with N elements over all ranks,
+First-order error analysis: each operation in a format with unit roundoff u adds an error of u times the size of its
+result, and the formula's derivative propagates the errors of its inputs. The factor _SECOND_ORDER covers products of
+roundoffs, which are left out. Per channel, with N elements over all ranks,
 
     w = 2^-53       of float64, in which sums are accumulated
     u               of the accumulate dtype: float32's 2^-24, for float64 input w
-    o               of the dtype in question: of the result, or of the buffer or parameter
-    g = (N + 10) w  a sum of N terms, in any order, is within g * (sum of |terms|), with ten operations to spare for the
-                    terms and what is done to the sum in float64. The reference, too, is within g: hence 2 g below.
+    o               of the dtype of the result, or of the buffer or parameter
+    g = (N + 10) w  a sum of N terms, in any order, is within g * (sum of |terms|); 10 covers the operations in float64
+                    on terms and sum. The reference is within g, too: hence 2 g below.
 
     mean            2 g E|x|,                     and after rounding to the accumulate dtype  d = 2 g E|x| + u |mean|
     var             3 (2 g) E[x^2]                as E[x^2] - mean^2 takes E[x^2] and, twice, mean
@@ -16,21 +16,21 @@ factor _SECOND_ORDER covers them. Per channel, with N elements over all ranks,
 
     y = (x - mean) * (invstd * weight) + bias; with t = |xhat weight|, xhat = (x - mean) invstd
         d |invstd weight| + t (r + 3 u) + u (t + |bias|) + o |y|
-        from mean; invstd and the roundings of difference and two products; the sum; the result
+        the terms: error of mean; of invstd, difference and two products; of the sum; of the result
 
     sum_dy / N      2 g E|dy| + u E|dy|                                                       =: e0
     slope = invstd^2 sum_dy_xmu / N    its error is at most                                   =: e1
         invstd^2 (2 g E|dy xmu| + d E|dy|) + (2 r + u) invstd^2 E|dy xmu|
     dx = weight invstd (dy - xmu slope - sum_dy / N); with a = |dy| + |xmu slope| + E|dy|
         |weight invstd| (d |slope| + |xmu| e1 + e0 + a (r + 6 u)) + o |dx|
-        6: difference, product, two sums, scale and the product with it
+        6 operations: difference, product, two sums, scale and the product with it
 
     grad_weight, summed over ranks     invstd (2 g sum|dy xmu| + d sum|dy|) + (r + o) invstd sum|dy xmu|
     grad_bias, summed over ranks       (2 g + o) sum|dy|
     running_mean                       momentum (error of mean in float64) + o |running_mean|
     running_var                        momentum N / (N - 1) (error of var) + o |running_var|
 
-Results so small that their format has fewer bits for them are within half its smallest step, which is added to all.
+Every bound includes half the format's smallest step, for results in the subnormal range.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def allowed_errors(
 
     Args:
         x, dy: the whole batch and its gradient, (n, c, s) float64.
-        expected: the exact y, dx, grad_weight, grad_bias, running_mean, running_var, beside weight and bias.
+        expected: the exact y, dx, grad_weight, grad_bias, running_mean and running_var; also weight and bias.
         eps: of the layer.
         momentum: of the layer.
         dtype: of the input under test. Parameters and buffers are float64 for float64, else float32.

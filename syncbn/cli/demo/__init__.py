@@ -1,4 +1,4 @@
-"""`syncbn demo`: what synchronisation is for, shown by training one network three times on real images."""
+"""`syncbn demo`: shows the effect of synchronisation by training one network three times on real images."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import traceback
 
 from ...environment import LaunchError, read_environment, under_launcher
 from .errors import InputError
-from .launch import end_with_launcher, launch_ranks, launched_here, share_cores
+from .launch import end_with_launcher, launch_ranks, launched_here, use_batch_scheduling
 
 _DEFAULT_RANKS = 4
 
 
 def demo(arguments: argparse.Namespace, argv: list[str]) -> int:
-    """Runs the demo as the launcher of its ranks, or as one of them, and returns the exit code."""
+    """Launches the demo's ranks, or runs this rank's part where a launcher started it. Returns the exit code."""
     missing = _missing_packages(arguments.data is not None)
     if missing:
         print(
@@ -27,7 +27,7 @@ def demo(arguments: argparse.Namespace, argv: list[str]) -> int:
     if not under_launcher():
         return launch_ranks(arguments.ranks or _DEFAULT_RANKS, ["-m", "syncbn", *argv])
     if launched_here():
-        share_cores()
+        use_batch_scheduling()
         end_with_launcher()
     return _run_rank(arguments)
 
@@ -39,7 +39,7 @@ def _missing_packages(folder: bool) -> list[str]:
 
 
 def _run_rank(arguments: argparse.Namespace) -> int:
-    """Runs this rank's part. Errors go to the launcher through torch's error file; ours prints them, once."""
+    """Runs this rank's part. torch's error file takes errors to the demo's launcher, which prints them once."""
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     handler = get_error_handler()
@@ -55,7 +55,9 @@ def _run_rank(arguments: argparse.Namespace) -> int:
         launch = read_environment()
         if not isinstance(error, InputError | LaunchError):
             traceback.print_exc()
-        elif isinstance(error, LaunchError) or launch is None or launch.rank == 0:  # an InputError all raised together
+        elif (
+            isinstance(error, LaunchError) or launch is None or launch.rank == 0
+        ):  # all ranks raise the same InputError
             print(f"syncbn demo: error: {error}", file=sys.stderr)
         return 1
     return 0

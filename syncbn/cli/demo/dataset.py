@@ -20,8 +20,8 @@ class Dataset(NamedTuple):
     """Labelled images, split into a training and a test part.
 
     Attributes:
-        name: what they are, for titles.
-        classes: the name of each class; a label is a position in it.
+        name: for titles.
+        classes: names, indexed by label.
         train_images, test_images: (n, channels, height, width) float32 from 0 to 1.
         train_labels, test_labels: (n,) int64.
     """
@@ -34,7 +34,7 @@ class Dataset(NamedTuple):
     test_labels: Tensor
 
     def digest(self) -> int:
-        """Returns a checksum, by which ranks see whether they hold the same images."""
+        """Returns a checksum, by which ranks check that they have the same images."""
         checksum = 0
         for part in self[2:]:
             assert isinstance(part, Tensor)
@@ -52,10 +52,10 @@ def load_digits() -> Dataset:
 
 
 def load_folder(folder: Path, size: int) -> Dataset:
-    """Returns the images in the sub-folders of `folder`, one sub-folder a class, as RGB of size x size pixels.
+    """Returns the images in `folder`, which has one sub-folder per class, as RGB of size x size pixels.
 
     Raises:
-        InputError: no folder, fewer than two classes, a class of fewer than two images, an image that cannot be read.
+        InputError: no such folder, fewer than two classes or two images per class, an unreadable image.
     """
     advice = "give --data a folder with a sub-folder of images for each class"
     if not folder.is_dir():
@@ -85,7 +85,7 @@ def _read_image(file: Path, size: int) -> Tensor:
     try:
         with Image.open(file) as image:
             pixels = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR), np.float32)
-    except Exception as error:  # pillow raises many kinds for broken files, SyntaxError among them
+    except Exception as error:  # pillow raises many types, even SyntaxError
         raise InputError(
             f"expected an image; got {file}, which cannot be read ({error}): repair or remove it"
         ) from None
@@ -93,7 +93,7 @@ def _read_image(file: Path, size: int) -> Tensor:
 
 
 def _split(name: str, classes: list[str], images: Tensor, labels: np.ndarray) -> Dataset:
-    """Takes the same share of every class for the test, the same images on every rank and in every run."""
+    """Splits off the same share of every class for tests: the same images on every rank and in every run."""
     generator = np.random.default_rng(0)
     test = np.zeros(len(labels), bool)
     for label in range(len(classes)):
@@ -104,7 +104,7 @@ def _split(name: str, classes: list[str], images: Tensor, labels: np.ndarray) ->
 
 
 def batch_shares(batch: int, ranks: int) -> list[int]:
-    """Returns how many of a batch's images each rank takes: as even as possible, the first ranks one more.
+    """Returns the number of a batch's images for each rank, as even as possible.
 
     >>> batch_shares(10, 4)
     [3, 3, 2, 2]
@@ -113,17 +113,17 @@ def batch_shares(batch: int, ranks: int) -> list[int]:
 
 
 def schedule(labels: Tensor, ranks: int, batch: int, epochs: int, shards: str, seed: int) -> list[list[Tensor]]:
-    """Returns, for every step, the indices of the images that each rank takes.
+    """Returns each rank's image indices for every step.
 
-    One process takes the concatenation of a step's parts, so that all runs see the same batches.
+    The run of one process concatenates a step's parts, so that all runs see the same batches.
 
     Args:
         labels: of the training images.
         ranks, batch, epochs, seed: as the demo's options.
-        shards: "random", or "sorted": the images sorted by class and cut into one piece a rank.
+        shards: "random", or "sorted": sorted by class and cut into one piece per rank.
 
     Raises:
-        InputError: the batch has no image for some rank, or not one step's images are there.
+        InputError: the batch is smaller than the number of ranks, or there are too few images for one batch.
     """
     shares = batch_shares(batch, ranks)
     if batch < ranks:

@@ -1,5 +1,5 @@
-"""The error that is the user's to mend."""
+"""The error for wrong input by the user."""
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used; the message says why, and needs no traceback."""
+    """The user's input cannot be used. The message says why; no traceback is needed."""

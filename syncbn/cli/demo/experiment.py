@@ -1,4 +1,4 @@
-"""The demo's three runs, as each of its ranks goes through them."""
+"""The demo's three training runs, as each rank runs them."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Run(NamedTuple):
 
     Attributes:
         name: in the JSON file.
-        label: for people.
-        distributed: whether every rank trains on its part of each batch, or rank 0 alone on the whole.
-        synchronised: whether BatchNorm's statistics are those of all ranks.
+        label: in the table and the picture.
+        distributed: whether every rank trains on its part of each batch, or only rank 0 on whole batches.
+        synchronised: whether BatchNorm's statistics are over all ranks.
     """
 
     name: str
@@ -92,7 +92,7 @@ def _describe(run: Run, result: Result, reference: Result) -> dict[str, Any]:
 
 
 def _prepare(arguments: argparse.Namespace, ranks: int) -> tuple[Dataset, list[list[Tensor]]]:
-    """Reads the images and plans the steps; where that fails on one rank, all raise that rank's InputError."""
+    """Reads the images and plans the steps. If that fails on one rank, all ranks raise its InputError."""
     prepared = None
     try:
         prepared = _read_and_plan(arguments, ranks)
@@ -144,7 +144,7 @@ def _train(
         model = DistributedDataParallel(network)
     batches = [parts[rank] if run.distributed else torch.cat(parts) for parts in steps]
     uneven = run.distributed and len({len(part) for part in steps[0]}) > 1
-    # disable=None: no bar where stderr is no terminal.
+    # disable=None: no bar unless stderr is a terminal.
     with tqdm(total=len(steps), desc=run.label, unit="step", disable=None if rank == 0 else True) as bar:
         result = fit(
             model, network, data, batches, arguments.lr, compare_steps, uneven, tests=rank == 0, progress=bar.update

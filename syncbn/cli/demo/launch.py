@@ -1,4 +1,4 @@
-"""Starts the demo's ranks with torch's elastic launcher, and says why when one fails."""
+"""Starts the demo's ranks with torch's elastic launcher, and reports why one failed."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def launched_here() -> bool:
 
 
 def launch_ranks(ranks: int, arguments: list[str]) -> int:
-    """Runs `python *arguments` as so many ranks on this machine and returns the exit code.
+    """Runs `python *arguments` on `ranks` ranks of this machine and returns the exit code.
 
-    A rank that fails ends all, with its own error on stderr. So does Ctrl-C, or a termination of this process.
+    A rank that fails ends all ranks; its error goes to stderr. Ctrl-C and signals to this process end all ranks, too.
 
     Raises:
         KeyboardInterrupt: after all ranks have ended.
@@ -50,8 +50,8 @@ def launch_ranks(ranks: int, arguments: list[str]) -> int:
             "rdzv_endpoint": "localhost:0",  # a free port
             "local_addr": "localhost",
             "max_restarts": 0,
-            "logs_specs": DefaultLogsSpecs(log_dir=folder),  # where each rank's error file is
-            # Without SIGINT, which as KeyboardInterrupt makes the launcher end its ranks by SIGTERM: they die silently.
+            "logs_specs": DefaultLogsSpecs(log_dir=folder),  # for the ranks' error files
+            # Without SIGINT: it becomes KeyboardInterrupt, on which the launcher sends SIGTERM and ranks die silently.
             "signals_to_handle": "SIGTERM,SIGHUP,SIGQUIT",
             "shutdown_timeout": _SHUTDOWN_SECONDS,
         }
@@ -61,28 +61,28 @@ def launch_ranks(ranks: int, arguments: list[str]) -> int:
         try:
             elastic_launch(config, sys.executable)(*arguments)
         except ChildFailedError as error:
-            _say(_explain(error.failures, ranks))
+            _print_error(_explain(error.failures, ranks))
             return 1
         except SignalException as error:
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
-            _say(f"syncbn demo: ended by {error.sigval.name}")
+            _print_error(f"syncbn demo: ended by {error.sigval.name}")
             return 128 + error.sigval
     return 0
 
 
-def _say(text: str) -> None:
+def _print_error(text: str) -> None:
     print("\n" * sys.stderr.isatty() + text, file=sys.stderr)  # on a terminal, below the progress bar
 
 
 @contextmanager
 def _prepared_environment(folder: str) -> Iterator[None]:
-    """Sets what the ranks inherit, and silences the launcher's own log, for the time of a launch."""
+    """Sets environment variables for the ranks and silences the launcher's log, and restores both afterwards."""
     before = dict(os.environ)
     os.environ[_LAUNCHER_PID] = str(os.getpid())
-    # The ranks share this machine's cores; torchrun does the same.
+    # As torchrun does: the ranks share this machine's cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)  # which importing torch's compiler makes
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)  # created when torch's compiler is imported
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -94,7 +94,7 @@ def _prepared_environment(folder: str) -> Iterator[None]:
 
 
 def end_with_launcher() -> None:
-    """Makes this rank end at Ctrl-C without a word, and when its launcher is gone, in whatever way that went."""
+    """Makes this rank exit silently at Ctrl-C, and when its launcher has ended for any reason."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     launcher = int(os.environ[_LAUNCHER_PID])
 
@@ -106,49 +106,49 @@ def end_with_launcher() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def share_cores() -> None:
-    """Makes ranks that outnumber the cores run until they wait, instead of interrupting each other at every message.
+def use_batch_scheduling() -> None:
+    """Sets the batch scheduling policy where ranks outnumber cores, so that ranks run until they wait.
 
-    Measured with 4 ranks on 2 cores: Gloo's all_reduce of 65 float64 takes 2.3 ms in place of 7.8 ms. Threads
-    inherit it: call before there are any.
+    Otherwise each message preempts another rank. Measured with 4 ranks on 2 cores: Gloo's all_reduce of 65 float64
+    takes 2.3 ms instead of 7.8 ms. Call before starting threads, which inherit the policy.
     """
     if hasattr(os, "SCHED_BATCH") and int(os.environ["LOCAL_WORLD_SIZE"]) > len(os.sched_getaffinity(0)):
-        with suppress(OSError):  # a sandbox may forbid it; then it is slower
+        with suppress(OSError):  # a sandbox may forbid it; then messages are slower
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def _explain(failures: dict[int, ProcessFailure], ranks: int) -> str:
-    """Says which rank failed first and why, and then what became of the others."""
-    first, *others = sorted(failures, key=lambda rank: _order(failures[rank]))
+    """Returns which rank failed first and why, then how the others ended."""
+    first, *others = sorted(failures, key=lambda rank: _failure_order(failures[rank]))
     message, trace = _recorded_error(failures[first])
     input_error = f"{InputError.__name__}: "
     if message.startswith(input_error):  # all ranks raised it together
         return f"syncbn demo: error: {message.removeprefix(input_error)}"
     lines = [trace] if trace else []
-    lines.append(f"syncbn demo: error: {rank_prefix(first, ranks)}{_ending(failures[first])}: {message}")
+    lines.append(f"syncbn demo: error: {rank_prefix(first, ranks)}{_exit_reason(failures[first])}: {message}")
     for rank in others:
-        if failures[rank].exitcode != -signal.SIGTERM:  # that is the launcher ending the rest
+        if failures[rank].exitcode != -signal.SIGTERM:  # SIGTERM: the launcher ended them
             after = _recorded_error(failures[rank])[0].split("\n")[0]
-            lines.append(f"    afterwards {rank_prefix(rank, ranks)}{_ending(failures[rank])}: {after}")
+            lines.append(f"    afterwards {rank_prefix(rank, ranks)}{_exit_reason(failures[rank])}: {after}")
     return "\n".join(lines)
 
 
-def _order(failure: ProcessFailure) -> tuple[int, float]:
-    """Sorts by time, which error files tell; a rank that died without one was the reason for the others' errors."""
+def _failure_order(failure: ProcessFailure) -> tuple[int, float]:
+    """Returns a sort key: ranks killed without an error file first, for they caused the other errors; then by time."""
     file = Path(failure.error_file)
     if file.is_file():
         return 1, file.stat().st_mtime
     return (2, 0.0) if failure.exitcode == -signal.SIGTERM else (0, 0.0)
 
 
-def _ending(failure: ProcessFailure) -> str:
+def _exit_reason(failure: ProcessFailure) -> str:
     if failure.exitcode < 0:
         return f"killed by {failure.signal_name()}"
     return f"ended with exit code {failure.exitcode}"
 
 
 def _recorded_error(failure: ProcessFailure) -> tuple[str, str]:
-    """Returns the message and the traceback that a rank left in its error file."""
+    """Returns message and traceback from a rank's error file."""
     message: Any = failure.message
     if isinstance(message, dict):
         return str(message["message"]), str(message["extraInfo"]["py_callstack"])

@@ -1,4 +1,4 @@
-"""What the demo hands over: a table, a picture and a JSON file."""
+"""The demo's output: a table, a picture and a JSON file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ... import __version__
 Report = dict[str, Any]  # settings, versions, runs: what demo.json holds
 
 _COLUMNS = ("test accuracy", "test loss", "seconds", "parameters", "running stat.")
-# The colours of Okabe and Ito, told apart with any colour vision; width and dashes tell the lines apart without colour.
+# Okabe and Ito's colours, distinct with any colour vision; line widths and dashes are distinct without colour.
 _STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#56B4E9", "linewidth": 7, "alpha": 0.6, "solid_capstyle": "round"},
     {"color": "#000000", "linewidth": 1.6, "linestyle": (0, (4, 2))},
@@ -24,19 +24,19 @@ _STYLES: tuple[dict[str, Any], ...] = (
 
 
 def make_report(settings: dict[str, Any], data: dict[str, Any], runs: list[dict[str, Any]]) -> Report:
-    """Returns everything about a demo that is worth keeping.
+    """Returns the contents of demo.json.
 
     Args:
-        settings: the options as they were in force.
-        data: what the images were.
-        runs: for each run its name, label, curves, seconds and differences from the first, which is one process.
+        settings: the options in effect.
+        data: describes the images.
+        runs: for each run its name, label, curves, seconds and differences from the first, that of one process.
     """
     versions = {"syncbn": __version__, "python": platform.python_version(), "torch": torch.__version__}
     return {"settings": settings, "data": data, "versions": versions, "runs": runs}
 
 
 def format_table(report: Report) -> str:
-    """Returns the runs' final figures, a line a run, and what they mean."""
+    """Returns the runs' final figures, one line per run, with a legend."""
     runs, settings = report["runs"], report["settings"]
     width = max(len(run["label"]) for run in runs)
     title = f"difference after {settings['compare_steps']} steps"
@@ -64,14 +64,14 @@ def _small(value: float | None) -> str:
 
 
 def write_json(report: Report, folder: Path) -> Path:
-    """Writes the report, with null for what is not finite, and returns its path."""
+    """Writes the report, with null for non-finite numbers, and returns its path."""
     path = folder / "demo.json"
     path.write_text(json.dumps(_finite(report), indent=2) + "\n", encoding="utf-8")
     return path
 
 
 def _finite(value: Any) -> Any:
-    """Returns value with None in place of the numbers that JSON has not.
+    """Returns value with None in place of non-finite numbers, which JSON does not have.
 
     >>> _finite({"a": [1.0, float("nan")]})
     {'a': [1.0, None]}
@@ -90,7 +90,7 @@ def draw(report: Report, folder: Path) -> Path:
 
     settings, data = report["settings"], report["data"]
     figure = Figure(figsize=(11, 5.2), dpi=150, layout="constrained")
-    canvas = FigureCanvasAgg(figure)  # no display needed, whatever backend the user's matplotlib prefers
+    canvas = FigureCanvasAgg(figure)  # needs no display, unlike other backends
     figure.suptitle(
         f"{data['name']}: batch {settings['batch']} over {settings['ranks']} ranks, {settings['shards']} shards",
         fontsize=13,

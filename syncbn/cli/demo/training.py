@@ -22,14 +22,14 @@ _TEST_CHUNK = 512  # images
 
 @dataclass
 class Result:
-    """What one run was like. On ranks other than 0 the test's lists stay empty.
+    """The result of one run. On ranks other than 0 the test's lists stay empty.
 
     Attributes:
-        steps: after which train_loss, test_accuracy and test_loss were taken.
-        train_loss: the mean, since the entry before, over the images of all ranks.
+        steps: at which train_loss, test_accuracy and test_loss were evaluated.
+        train_loss: mean over all ranks' images since the previous evaluation.
         test_accuracy, test_loss: of rank 0's network in evaluation mode.
-        seconds: of the whole run, evaluations included.
-        snapshot: parameters and running statistics of rank 0 after the first steps.
+        seconds: for the whole run, with evaluations.
+        snapshot: rank 0's parameters and running statistics after compare_steps steps.
     """
 
     steps: list[int] = field(default_factory=list)
@@ -41,7 +41,7 @@ class Result:
 
 
 def build_network(channels: int, classes: int, seed: int) -> nn.Sequential:
-    """Returns three convolutions with a BatchNorm after each, of the same initial weights for the same seed."""
+    """Returns three convolutions, each with BatchNorm and ReLU, and a linear layer, initialised from seed."""
     torch.manual_seed(seed)
     return nn.Sequential(
         *_block(channels, 16),
@@ -59,7 +59,7 @@ def _block(inputs: int, outputs: int) -> list[nn.Module]:
 
 
 def evaluation_steps(steps: int) -> list[int]:
-    """Returns the steps, counted from 1, after which a run of so many steps is evaluated; the last is one.
+    """Returns the steps, counted from 1, after which to evaluate; the last step is one of them.
 
     >>> evaluation_steps(3)
     [1, 2, 3]
@@ -82,20 +82,20 @@ def fit(
     """Trains on this rank's batches.
 
     Args:
-        model: what is called and differentiated: the network itself, or DistributedDataParallel around it.
+        model: called and differentiated: the network, or DistributedDataParallel around it.
         network: the network.
         data: the images.
-        batches: for every step, the indices of the training images that this process takes.
-        lr: learning rate of the first step; it falls in a straight line to 0.
-        compare_steps: steps after which to take the snapshot.
-        uneven: whether the ranks' parts of a batch differ in size, so that syncbn.scale_loss is needed to make
-            DDP's mean of the ranks' gradients the gradient of the mean loss.
+        batches: for every step, the indices of this process's training images.
+        lr: initial learning rate; it falls linearly to 0.
+        compare_steps: the step after which to take the snapshot.
+        uneven: whether the ranks' parts of a batch differ in size. Then syncbn.scale_loss makes DDP's mean of the
+            ranks' gradients the gradient of the mean loss.
         tests: whether to evaluate, on rank 0.
         progress: called after every step.
 
     Collective:
-        those of model and scale_loss at every step; one all_reduce of 2 float64 at every evaluation, in
-        which a rank that does not train joins with `wait_for_training`.
+        those of model and scale_loss at every step; one all_reduce of 2 float64 at every evaluation. A rank that does
+        not train must call wait_for_training instead.
     """
     optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=_MOMENTUM)
     result, start = Result(), time.perf_counter()
@@ -125,14 +125,14 @@ def fit(
 
 
 def wait_for_training(steps: int) -> None:
-    """Waits for a run of so many steps on another rank, meeting it at every evaluation so that no timeout passes."""
+    """Waits for another rank's run, joining its all_reduce at every evaluation, so that no timeout expires."""
     for _ in evaluation_steps(steps):
         dist.all_reduce(torch.zeros(2, dtype=torch.float64))
 
 
 @torch.no_grad()
 def evaluate(network: nn.Module, data: Dataset) -> tuple[float, float]:
-    """Returns accuracy and mean loss on the test images, with the network's running statistics."""
+    """Returns accuracy and mean loss on the test images, in evaluation mode."""
     network.eval()
     correct, loss = 0, 0.0
     for images, labels in zip(
@@ -146,14 +146,14 @@ def evaluate(network: nn.Module, data: Dataset) -> tuple[float, float]:
 
 
 def take_snapshot(network: nn.Module) -> Snapshot:
-    """Returns copies of the parameters and of the running statistics, float32, by name."""
+    """Returns copies of the parameters and running statistics, float32, by name."""
     return {name: v.detach().clone() for name, v in network.state_dict().items() if v.is_floating_point()}
 
 
 def largest_difference(snapshot: Snapshot, reference: Snapshot, running_statistics: bool) -> float:
-    """Returns the largest relative difference of the parameters, or of the running statistics, from the reference's.
+    """Returns the largest relative difference from the reference, over the parameters or the running statistics.
 
-    For one tensor that is max|a - b| / max|b|, b being the reference's; over tensors, the largest.
+    For one tensor that is max|a - b| / max|b|, where b is the reference.
     """
     return max(
         _relative_difference(snapshot[name], reference[name])
