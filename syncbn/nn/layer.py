@@ -119,9 +119,9 @@ class SyncBatchNorm(_BatchNorm):
                     buffers["num_batches_tracked"],
                 )
             weight, bias = parameters["weight"], parameters["bias"]
-            if self._checks_input_dim:
+            if self._checks_input_dim and isinstance(input, Tensor):
                 self._check_input_dim(input)
-        except (KeyError, ValueError):  # not registered: deleted, or parametrized; or another number of axes
+        except Exception:  # the general way meets it again, and tells the other ranks
             return None
         running = mean, var, batches, self.momentum
         return fused.normalise(
@@ -133,7 +133,8 @@ class SyncBatchNorm(_BatchNorm):
         group = self._syncbn_group if self.training else _LOCAL
         try:
             vectors = self._vectors()
-            if self._checks_input_dim and not _is_compiling():  # a graph could not tell the other ranks
+            # Not in a graph, which could not tell the other ranks.
+            if self._checks_input_dim and isinstance(input, Tensor) and not _is_compiling():
                 self._check_input_dim(input)
         except Exception as error:  # something was deleted or replaced, or the input does not fit, on this rank
             refuse(error, forward_message(input, self.num_features, None, None, NOTHING), group.communicator())
