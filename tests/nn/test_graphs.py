@@ -1,4 +1,4 @@
-"""Graphs of training steps and of evaluation: torch.compile, torch.export, make_fx, torch.fx, torch.jit."""
+"""Graphs of training steps and of evaluation: torch.export, make_fx, torch.fx, torch.jit; and compiled ranks."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,6 @@ from ranks import rank_errors, run_ranks
 from torch import nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.library import opcheck
 
 import syncbn
 
@@ -45,48 +44,6 @@ def same_after_steps(run, model, reference, sizes=(4, 3, 2)):
             f(X[:n]).pow(2).mean().backward()
         close([p.grad for p in model.parameters()], [p.grad for p in reference.parameters()])
     close(model.state_dict(), reference.state_dict())
-
-
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_training_equals_batch_norm(backend):
-    model, reference = network(), network(nn.BatchNorm2d)
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
-    same_after_steps(compiled, model, reference)
-    model.eval(), reference.eval()
-    close(compiled(X), reference(X))
-
-
-@pytest.mark.parametrize("act", ["none", "relu", "leaky_relu", "silu"])
-@pytest.mark.parametrize("with_residual", [False, True])
-def test_a_compiled_layer_has_eager_modes_bits(act, with_residual):
-    x, dy = torch.randn(4, 3, 5, 5), torch.randn(4, 3, 5, 5)
-    found = []
-    for compile_it in (False, True):
-        layer = syncbn.SyncBatchNormAct(3, act)
-        run = torch.compile(layer, backend="aot_eager", fullgraph=True) if compile_it else layer
-        v = x.clone().requires_grad_()
-        y = run(v, v) if with_residual else run(v)
-        (dx,) = torch.autograd.grad(y, v, dy)
-        found.append((y, dx, *layer.buffers()))
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-
-
-def test_batch_sizes_change_without_a_compilation_each():
-    count = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(syncbn.SyncBatchNorm(3), backend=count, fullgraph=True)
-    for n in (4, 5, 6, 7, 8, 9):
-        compiled(torch.randn(n, 3, 4, 4))
-    assert count.frame_count == 2  # for one size, and for all
-
-
-@pytest.mark.parametrize("options", [{"momentum": None}, {"affine": False}, {"track_running_stats": False}], ids=str)
-def test_compiled_layers_of_every_kind(options):
-    ours, theirs = syncbn.SyncBatchNorm(3, **options), nn.BatchNorm2d(3, **options)
-    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
-    for training in (True, True, False):
-        ours.train(training), theirs.train(training)
-        close(compiled(X), theirs(X))
-    close(ours.state_dict(), theirs.state_dict())
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -156,53 +113,6 @@ def test_fakes_and_the_meta_device_have_shapes_and_formats():
     assert syncbn.SyncBatchNorm(3, device="meta")(X.to("meta")).is_meta
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_operators_pass_opcheck(dtype, memory_format):
-    o, wide = torch.ops.syncbn, torch.float64 if dtype == torch.float64 else torch.float32
-    x = torch.randn(4, 3, 5, 5).to(dtype).to(memory_format=memory_format)
-    w, b, mean, var = (
-        torch.randn(3, dtype=wide),
-        torch.randn(3, dtype=wide),
-        torch.zeros(3).to(wide),
-        torch.ones(3).to(wide),
-    )
-    batches = torch.tensor(0)
-    for residual, act in ((None, "none"), (x.clone(), "relu"), (x.clone(), "silu")):
-        reduce = x, w, b, residual, None, mean, var, None, 3, 0.1, 1e-5, act, 0.0, "", ""
-        opcheck(o.reduce.default, reduce)
-        moments, center = o.reduce(*reduce)
-        normalise = x, moments, center, w, b, residual, None, mean, var, batches, 0.1, 1e-5, act, 0.0, ""
-        opcheck(o.normalise.default, normalise)
-        y, statistics = o.normalise(*normalise)
-        gate = None if residual is None else residual if act == "silu" else y
-        backward_reduce = x, x, statistics, w, b, gate, None, wide, None, act, 0.0, "", ""
-        opcheck(o.backward_reduce.default, backward_reduce)
-        sums, *_ = o.backward_reduce(*backward_reduce)
-        opcheck(o.backward_elemt.default, (x, x, statistics, sums, w, b, None, act, 0.0))
-        leaves = [v.clone().requires_grad_() for v in (x, w, b)]
-        opcheck(o.norm.default, (*leaves, residual, None, mean, var, batches, 3, 0.1, 1e-5, act, 0.0, "", ""))
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        lambda x, w: (x[0, 0, 0], w, w, None, None, None, None, None, 3, 0.1, 1e-5, "none", 0.0, "", ""),
-        lambda x, w: (x.int(), w, w, None, None, None, None, None, 3, 0.1, 1e-5, "none", 0.0, "", ""),
-        lambda x, w: (x, w[:2], w, None, None, None, None, None, 3, 0.1, 1e-5, "none", 0.0, "", ""),
-        lambda x, w: (x, w, w, x[:1], None, None, None, None, 3, 0.1, 1e-5, "none", 0.0, "", ""),
-        lambda x, w: (x, w, w, None, None, None, None, None, 3, 0.1, 1e-5, "gelu", 0.0, "", ""),
-        lambda x, w: (x, w, w, None, None, None, None, None, 3, 0.1, -1.0, "none", 0.0, "", ""),
-        lambda x, w: (x, w, w, None, None, None, None, None, 3, 0.1, 1e-5, "none", 0.0, "group-0815", ""),
-        lambda x, w: (x, None, None, None, None, None, None, None, 4, 0.1, 1e-5, "none", 0.0, "", ""),
-    ],
-    ids=["axes", "dtype", "weight", "residual", "activation", "eps", "group", "num_features"],
-)
-def test_an_operator_called_with_nonsense_says_so(arguments):
-    with pytest.raises((ValueError, TypeError, RuntimeError), match="expected "):
-        torch.ops.syncbn.reduce.default(*arguments(X, torch.ones(3)))
-
-
 def _uneven(rank, group, sizes):
     """Steps with batches of several sizes, so that the ranks' graphs differ; one rank runs out of samples."""
     model = network()
@@ -253,11 +163,3 @@ def test_a_changed_group_is_looked_up_anew():
     layer.process_group = second
     compiled(X)
     assert (first.messages, second.messages) == (2, 1)
-
-
-def test_scale_loss_compiles():
-    scale = torch.compile(syncbn.scale_loss, backend="aot_eager", fullgraph=True)
-    loss = torch.tensor(2.0, requires_grad=True)
-    y = scale(loss * 3, 4)
-    y.backward()
-    assert (y.item(), loss.grad.item()) == (6.0, 3.0)
