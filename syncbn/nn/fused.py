@@ -57,6 +57,7 @@ def normalise(
     if (
         _fused is None
         or type(input) is not Tensor
+        or not input.is_cpu
         or type(weight) not in _TYPES
         or type(bias) not in _TYPES
         or type(residual) not in _TYPES
