@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
+from torch._functorch import config as functorch_config
 
 import syncbn
 
@@ -266,7 +267,7 @@ def compiled(model):
 
 @pytest.mark.parametrize("arranged", [in_two_graphs, called_twice])
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's own
-@torch._functorch.config.patch(donated_buffer=False)  # for retain_graph
+@functorch_config.patch(donated_buffer=False)  # for retain_graph
 def test_backward_through_several_calls_of_graphs(arranged):
     model, x = network(), torch.randn(4, 3, 6, 6)
     alone = copy.deepcopy(model)
