@@ -17,6 +17,7 @@ input tells the others. Nothing happens in place here: a layer with inplace=True
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from math import isfinite
 from typing import Any
@@ -367,6 +368,17 @@ def _are_dense(mask: Tensor | None, *tensors: Tensor | None) -> bool:
     return mask is None and all(v is None or v.layout is torch.strided for v in tensors)
 
 
+def _below_autograd(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs an implementation where autograd does not look at what it calls, and leaves no hooks on its arguments."""
+
+    @functools.wraps(implementation)
+    def run(*arguments: Any) -> Any:
+        with _C._AutoDispatchBelowAutograd():
+            return implementation(*arguments)
+
+    return run
+
+
 _IMPLEMENTATIONS: dict[str, tuple[Any, Any]] = {
     "reduce": (_reduce, fake_reduce),
     "normalise": (_normalise, fake_normalise),
@@ -377,5 +389,5 @@ _IMPLEMENTATIONS: dict[str, tuple[Any, Any]] = {
 for _name, _composite in {"norm": _norm, "norm_backward": _norm_backward, "sum_over_ranks": _sum_over_ranks}.items():
     library.impl(_name, _composite, "CompositeImplicitAutograd")
 for _name, (_implementation, _fake) in _IMPLEMENTATIONS.items():
-    library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    library.impl(_name, _below_autograd(_implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"syncbn::{_name}", _fake, lib=library)
