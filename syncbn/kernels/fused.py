@@ -28,7 +28,7 @@ from .contract import Running
 from .epilogue import Epilogue, check_epilogue
 from .selection import forced
 
-NONE = torch.empty(0, dtype=torch.int64)  # of a dtype that nothing else has here
+NONE = torch.empty(0, dtype=torch.int64, device="cpu")  # of a dtype that nothing else has here
 ALONE, BY_CALLER = 0, -1
 DECLINED, UNSENT = -1.0, -2.0
 _ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 1, "silu": 2}  # see csrc/kernels.h
