@@ -13,7 +13,7 @@ import syncbn
 from syncbn.comm import LocalCommunicator, as_communicator
 
 # torch's own decompositions for forward mode use it.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script")
 ACTS = ["none", "relu", "leaky_relu", "silu"]
 
 

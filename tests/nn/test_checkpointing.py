@@ -195,7 +195,7 @@ def test_second_derivatives_through_a_region(options):
     assert counting.forward == (6 if options is PLAIN else 2)  # each of the two backwards recomputes
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own decompositions
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # torch's own decompositions
 def test_forward_mode_in_a_region():
     def both_modes(net):
         (x,) = batches(1)

@@ -356,7 +356,7 @@ def test_another_number_of_axes_on_one_rank_is_an_error_on_every_rank(launcher):
     assert all("another rank refused its input" in str(errors[rank]) for rank in (0, 2))
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit")
 @pytest.mark.parametrize(
     "hide",
     [

@@ -55,6 +55,7 @@ def arguments(dtype="float32", format="contiguous", act="none", with_vectors=Tru
 PER_LAYOUT = ["norm", "reduce", "normalise", "backward_reduce", "backward_elemt"]
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck looks at it, in torch 2.14
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("format", FORMATS)
 def test_opcheck_on_every_dtype_and_layout(dtype, format):

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import syncbn
 
-TRACED = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+TRACED = pytest.mark.filterwarnings("ignore:`torch.jit")
 
 
 class Model(nn.Module):
