@@ -37,6 +37,7 @@ all kernels raise NotImplementedError unless it is None.
 |-----------|---------------|--------------------------------------------------------------|
 | reference | ndarray       | NumPy, in float64, written like the formulas: the oracle     |
 | aten      | torch.Tensor  | plain torch operations, on any device that has float64       |
+| gpu       | torch.Tensor  | Triton, on CUDA and ROCm: one launch per kernel              |
 | cpu       | both, on CPUs | C++: one pass over memory per kernel                         |
 
 `select` chooses one for an array. No code outside this package names one, so that they can be added and removed here: a

@@ -45,8 +45,8 @@ class Implementation:
         return serves
 
 
-# The fastest first. reference before aten: for an ndarray torch need not be imported.
-_IMPLEMENTATIONS = tuple(map(Implementation, ("cpu", "reference", "aten")))
+# The fastest first; but reference before what needs torch, which need not be imported for an ndarray.
+_IMPLEMENTATIONS = tuple(map(Implementation, ("cpu", "reference", "gpu", "aten")))
 
 # Which one to use whatever is fastest, or "".
 _FORCED = os.environ.get("SYNCBN_KERNELS", "")

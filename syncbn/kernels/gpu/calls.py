@@ -1,0 +1,155 @@
+"""The package's contract on GPUs: each kernel is one launch. See syncbn/kernels/__init__.py."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...layout import flatten
+from ..contract import Running, is_refused, refuse_mask
+from ..epilogue import ACTIVATIONS, PLAIN, Epilogue, weight_floor
+from . import elementwise, sums
+from .blocks import Blocks, Device, blocks_of
+from .launch import Kernel, scratch_of
+
+_STATS = Kernel(sums.stats_kernel)
+_NORMALISE = Kernel(elementwise.normalise_kernel)
+_BACKWARD_REDUCE = Kernel(sums.backward_reduce_kernel)
+_BACKWARD_ELEMT = Kernel(elementwise.backward_elemt_kernel)
+
+_PROGRAMS_A_PROCESSOR = 2
+_INTERPRETED = Device(programs=3, warp_threads=32)
+
+
+def stats(x: Tensor, center: Tensor | None, mask: Tensor | None = None) -> Tensor:
+    """Sums, sums of squares and the count of one rank's x. See the package's contract."""
+    refuse_mask(mask)
+    (x,) = _flat(x)
+    c, blocks = x.shape[1], _blocks(x, "sum")
+    moments = torch.empty(2 * c + 1, dtype=torch.float64, device=x.device)
+    arrays = x, center, moments, *_scratch(x, blocks)
+    _STATS.launch(x.device, blocks.grid, blocks.warps, arrays, blocks.geometry, (*blocks.shape, blocks.added))
+    return moments
+
+
+def normalise(
+    x: Tensor,
+    moments: Tensor,
+    center: Tensor | None,
+    running: Running,
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
+    epilogue: Epilogue = PLAIN,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> float | None:
+    """Statistics from the moments of all ranks; y = activation((x - mean) * (invstd * weight) + bias + residual)."""
+    refuse_mask(mask)
+    count = float(moments[-1]) if moments.is_cpu else None
+    if count is not None and is_refused(count):
+        return count
+    y, x, residual = _flat(y, x, residual)
+    blocks = _blocks(x, "map")
+    buffers = [None if v is None else v.contiguous() for v in (running.mean, running.var)]
+    momentum, on_device = (0.0, running.momentum) if isinstance(running.momentum, Tensor) else (running.momentum, None)
+    weight, bias = _vector(weight), _vector(bias)
+    arrays = x, y, residual, moments, center, weight, bias, *buffers, running.num_batches_tracked, on_device
+    activation, slope, _ = _epilogue(epilogue)
+    numbers = *blocks.geometry, eps, momentum, slope, weight_floor(x.dtype)
+    constants = activation, epilogue.in_place, *blocks.shape
+    counter = _scratch(x, blocks)[1]
+    _NORMALISE.launch(x.device, blocks.grid, blocks.warps, (*arrays, counter), numbers, constants)
+    for buffer, written in zip((running.mean, running.var), buffers, strict=True):
+        if buffer is not written and buffer is not None:
+            buffer.copy_(written)  # of a buffer with gaps
+    return count
+
+
+def backward_reduce(
+    dy: Tensor,
+    x: Tensor,
+    statistics: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    grad_weight: Tensor | None = None,
+    grad_bias: Tensor | None = None,
+    epilogue: Epilogue = PLAIN,
+    gate: Tensor | None = None,
+    g: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Sums of g and of g * (x - mean) of one rank. See the package's contract."""
+    refuse_mask(mask)
+    g, x, dy, gate = _flat(g, x, dy, gate) if g is not None else (None, *_flat(x, dy, gate))
+    c, blocks = x.shape[1], _blocks(x, "sum")
+    found = torch.empty(2 * c, dtype=torch.float64, device=x.device)
+    vectors = _vector(weight), _vector(bias), grad_weight, grad_bias
+    arrays = dy, x, gate, g, statistics, *vectors, found, *_scratch(x, blocks)
+    activation, slope, steep = _epilogue(epilogue)
+    numbers = *blocks.geometry, slope, steep, weight_floor(x.dtype)
+    constants = activation, epilogue.in_place, *blocks.shape, blocks.added
+    _BACKWARD_REDUCE.launch(x.device, blocks.grid, blocks.warps, arrays, numbers, constants)
+    return found
+
+
+def backward_elemt(
+    dy: Tensor,
+    x: Tensor,
+    statistics: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sums: Tensor,
+    dx: Tensor,
+    epilogue: Epilogue = PLAIN,
+    mask: Tensor | None = None,
+) -> None:
+    """The gradient: dx = weight * invstd * (g - sum_g / N - (x - mean) * invstd^2 * sum_g_xmu / N)."""
+    refuse_mask(mask)
+    dx, x, dy = _flat(dx, x, dy)
+    blocks = _blocks(x, "map")
+    arrays = dy, x, dx, statistics, _vector(weight), _vector(bias), sums
+    activation, slope, steep = _epilogue(epilogue)
+    numbers = *blocks.geometry, slope, steep, weight_floor(x.dtype)
+    constants = activation, epilogue.in_place, *blocks.shape
+    _BACKWARD_ELEMT.launch(x.device, blocks.grid, blocks.warps, arrays, numbers, constants)
+
+
+def _flat(*batches: Tensor | None) -> list[Any]:
+    """Views batches as (n, c, s), in the layout of the first; copies those whose memory is in another order."""
+    flat = flatten(*(v.resolve_neg() if v is not None and v.is_neg() else v for v in batches))
+    return [v if v is None or v.is_contiguous() else v.contiguous() for v in flat]
+
+
+def _vector(v: Tensor | None) -> Tensor | None:
+    return None if v is None else v.resolve_neg().contiguous()
+
+
+def _blocks(x: Tensor, kind: str) -> Blocks:
+    return blocks_of(*x.shape, x.itemsize, _device(x.device), kind)
+
+
+def _scratch(x: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
+    programs, parts = blocks.grid
+    scratch = scratch_of(x.device, parts * 2 * x.shape[1], programs)
+    return scratch.partial, scratch.counter
+
+
+@lru_cache(maxsize=64)
+def _device(device: torch.device) -> Device:
+    if device.type == "cpu":
+        return _INTERPRETED
+    properties = torch.cuda.get_device_properties(device)
+    return Device(_PROGRAMS_A_PROCESSOR * properties.multi_processor_count, properties.warp_size)
+
+
+def _epilogue(epilogue: Epilogue) -> tuple[int, float, float]:
+    """Returns the activation's number, the slope, and its inverse."""
+    activation, slope, _ = epilogue
+    if activation == "leaky_relu" and slope == 0:
+        activation = "relu"  # so that of an infinite z it makes 0, not NaN
+    return ACTIVATIONS.index(activation), slope, 1 / slope if slope else 0.0
