@@ -30,14 +30,30 @@ def channels_of(block, c, LAST: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def tile_at(t, block, n, c, width, tiles_in_row, LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Returns the offset of tile t, int64, those of its elements from there, int32, and which of them there are."""
+def first_tile(t, block, tiles_in_row, LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Returns where tile t starts: its first row and column, int64."""
+    t, block = tl.cast(t, tl.int64), tl.cast(block, tl.int64)
     if LAST:
-        row, col = tl.cast(t, tl.int64) * ROWS, tl.cast(block, tl.int64) * COLS
+        return t * ROWS, block * COLS
+    return t // tiles_in_row * ROWS, t % tiles_in_row * COLS
+
+
+@triton.jit
+def next_tile(row, col, width, LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Returns where the tile after that at row and col starts, without the division of first_tile."""
+    if LAST:
+        return row + ROWS, col
+    is_end = col + COLS >= width
+    return tl.where(is_end, row + ROWS, row), tl.where(is_end, 0, col + COLS)
+
+
+@triton.jit
+def tile_at(row, col, block, n, c, width, LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Returns the offset of a tile, int64, those of its elements from there, int32, and which of them there are."""
+    if LAST:
         stride = width
         first = row * stride + col
     else:
-        row, col = tl.cast(t // tiles_in_row, tl.int64) * ROWS, tl.cast(t % tiles_in_row, tl.int64) * COLS
         stride = width * c
         first = row * stride + block * width + col
     rows, cols = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
@@ -61,17 +77,20 @@ def is_last(counter, parts):
 
 
 @triton.jit
-def over_parts(
-    total1, total2, partial, counter, parts, c, channels, inside, LAST: tl.constexpr, ADD: tl.constexpr
-):  # fmt: skip
-    """Sums two tiles per channel, over the programs of a block of channels too.
+def per_channel(v, LAST: tl.constexpr):
+    """Sums a tile over all but the channels."""
+    if not LAST:
+        v = tl.sum(v, 1, keep_dims=True)
+    return tl.sum(v, 0, keep_dims=True)
+
+
+@triton.jit
+def over_parts(sum1, sum2, partial, counter, parts, c, channels, inside, ADD: tl.constexpr):
+    """Sums two vectors per channel over the programs of a block of channels.
 
     Returns both sums, and whether this program is the one that has them: the last of the block to come here. It adds
     what the programs stored, ADD of them at a time, in an order that does not depend on who came when.
     """
-    if not LAST:
-        total1, total2 = tl.sum(total1, 1, keep_dims=True), tl.sum(total2, 1, keep_dims=True)
-    sum1, sum2 = tl.sum(total1, 0, keep_dims=True), tl.sum(total2, 0, keep_dims=True)
     last = parts == 1
     if parts > 1:
         own = partial + tl.program_id(1).to(tl.int64) * (2 * c) + channels

@@ -18,10 +18,12 @@ class Device(NamedTuple):
     Attributes:
         programs: about how many run at once.
         warp_threads: threads of a warp.
+        slow_float64: whether it has one unit of float64 for 32 or more of float32.
     """
 
     programs: int
     warp_threads: int
+    slow_float64: bool = False
 
 
 class Blocks(NamedTuple):

@@ -21,6 +21,7 @@ _BACKWARD_REDUCE = Kernel(sums.backward_reduce_kernel)
 _BACKWARD_ELEMT = Kernel(elementwise.backward_elemt_kernel)
 
 _PROGRAMS_A_PROCESSOR = 2
+_FAST_FLOAT64 = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))  # P100, V100, A100, H100, B200: half of float32's rate
 _INTERPRETED = Device(programs=3, warp_threads=32)
 
 
@@ -31,7 +32,8 @@ def stats(x: Tensor, center: Tensor | None, mask: Tensor | None = None) -> Tenso
     c, blocks = x.shape[1], _blocks(x, "sum")
     moments = torch.empty(2 * c + 1, dtype=torch.float64, device=x.device)
     arrays = x, center, moments, *_scratch(x, blocks)
-    _STATS.launch(x.device, blocks.grid, blocks.warps, arrays, blocks.geometry, (*blocks.shape, blocks.added))
+    constants = *blocks.shape, blocks.added, _is_error_free(x)
+    _STATS.launch(x.device, blocks.grid, blocks.warps, arrays, blocks.geometry, constants)
     return moments
 
 
@@ -92,7 +94,7 @@ def backward_reduce(
     arrays = dy, x, gate, g, statistics, *vectors, found, *_scratch(x, blocks)
     activation, slope, steep = _epilogue(epilogue)
     numbers = *blocks.geometry, slope, steep, weight_floor(x.dtype)
-    constants = activation, epilogue.in_place, *blocks.shape, blocks.added
+    constants = activation, epilogue.in_place, *blocks.shape, blocks.added, _is_error_free(x)
     _BACKWARD_REDUCE.launch(x.device, blocks.grid, blocks.warps, arrays, numbers, constants)
     return found
 
@@ -144,7 +146,15 @@ def _device(device: torch.device) -> Device:
     if device.type == "cpu":
         return _INTERPRETED
     properties = torch.cuda.get_device_properties(device)
-    return Device(_PROGRAMS_A_PROCESSOR * properties.multi_processor_count, properties.warp_size)
+    if torch.version.hip:
+        slow_float64 = not properties.gcnArchName.startswith("gfx9")
+    else:
+        slow_float64 = (properties.major, properties.minor) not in _FAST_FLOAT64
+    return Device(_PROGRAMS_A_PROCESSOR * properties.multi_processor_count, properties.warp_size, slow_float64)
+
+
+def _is_error_free(x: Tensor) -> bool:
+    return x.dtype != torch.float64 and _device(x.device).slow_float64
 
 
 def _epilogue(epilogue: Epilogue) -> tuple[int, float, float]:

@@ -6,7 +6,18 @@ Both go from the end of the batch to its start: what the sums read last may stil
 import triton
 import triton.language as tl
 
-from .arithmetic import activate, affine, channels_of, constants, differentiate, is_last, narrow, tile_at
+from .arithmetic import (
+    activate,
+    affine,
+    channels_of,
+    constants,
+    differentiate,
+    first_tile,
+    is_last,
+    narrow,
+    next_tile,
+    tile_at,
+)
 
 
 @triton.jit
@@ -63,8 +74,10 @@ def normalise_kernel(
     scale, shift = affine(invstd, weight, bias, channels, inside, lowest, ACC)
     m = mean.to(ACC)
     first = (parts - 1 - tl.cast(part, tl.int64)) * tiles_in_part
-    for t in range(first, tl.minimum(first + tiles_in_part, tiles)):
-        start, place, valid = tile_at(t, block, n, c, width, tiles_in_row, LAST, ROWS, COLS)
+    row, col = first_tile(first, block, tiles_in_row, LAST, ROWS, COLS)
+    for _ in range(first, tl.minimum(first + tiles_in_part, tiles)):
+        start, place, valid = tile_at(row, col, block, n, c, width, LAST, ROWS, COLS)
+        row, col = next_tile(row, col, width, LAST, ROWS, COLS)
         z = (tl.load(x + start + place, valid, other=0.0).to(ACC) - m) * scale
         if bias is not None:
             z += shift
@@ -96,8 +109,10 @@ def backward_elemt_kernel(
     mean_g = tl.load(sums + channels, inside, other=0.0) / elements + (m.to(tl.float64) - mean) * tilt
     tilt, mean_g = tilt.to(ACC), mean_g.to(ACC)
     first = (parts - 1 - tl.cast(part, tl.int64)) * tiles_in_part
-    for t in range(first, tl.minimum(first + tiles_in_part, tiles)):
-        start, place, valid = tile_at(t, block, n, c, width, tiles_in_row, LAST, ROWS, COLS)
+    row, col = first_tile(first, block, tiles_in_row, LAST, ROWS, COLS)
+    for _ in range(first, tl.minimum(first + tiles_in_part, tiles)):
+        start, place, valid = tile_at(row, col, block, n, c, width, LAST, ROWS, COLS)
+        row, col = next_tile(row, col, width, LAST, ROWS, COLS)
         v = tl.load(x + start + place, valid, other=0.0).to(ACC)
         g = tl.load(dy + start + place, valid, other=0.0).to(ACC)
         g, xmu = differentiate(g, v, None, m, scale, shift, slope, steep, ACT, IN_PLACE)
