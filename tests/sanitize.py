@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from environment import clean, install
+from support.environment import clean, install
 
 from syncbn.kernels import cpu
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
+from support.ranks import run_ranks
 
 from syncbn import native
 from syncbn.cli import check as check_module

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from implementations import ELEMENT, SUM, filled, normalised
+from support.implementations import ELEMENT, SUM, filled, normalised
 from test_kernels import SHAPES
 
 from syncbn.kernels import Epilogue, aten, cpu, reference

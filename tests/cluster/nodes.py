@@ -26,7 +26,7 @@ from types import TracebackType
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from mpirun import MPIRUN, environment, run
+from support.mpirun import MPIRUN, environment, run
 
 PREFIX = "10.77.0."
 LAUNCH = Path(__file__).parent.parent.parent / "launch"
