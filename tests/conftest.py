@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from implementations import IMPLEMENTATIONS
+from support.implementations import IMPLEMENTATIONS
 
 torch.set_num_threads(1)
 

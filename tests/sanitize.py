@@ -1,6 +1,6 @@
 """Runs the tests of what is C++ on libraries compiled with AddressSanitizer and UndefinedBehaviorSanitizer.
 
-    python tests/sanitize.py [arguments of pytest; without files it runs those of kernels and of shared memory]
+    python tests/sanitize.py [arguments of pytest; without files it runs TESTS]
 
 Not part of the test suite, for it compiles for minutes per instruction set. It wants GCC on Linux and an environment
 in which the tests run. For each instruction set that this processor has, syncbn is installed from the checkout into an
@@ -17,19 +17,26 @@ import sys
 import tempfile
 from pathlib import Path
 
-from environment import clean, install
+from support import ROOT
+from support.environment import clean, install
 
 from syncbn.kernels import cpu
 
-ROOT = Path(__file__).resolve().parent.parent
 INSTRUCTION_SETS = ["baseline", "avx2", "avx512"]
 FLAGS = "-fsanitize=address,undefined -fno-omit-frame-pointer -g"
+TESTS = [
+    "tests/kernels/test_contract.py",
+    "tests/kernels/test_epilogue.py",
+    "tests/kernels/test_memory.py",
+    "tests/comm/test_shared_memory.py",
+    "tests/nn/test_fused.py",
+]
 # A sanitizer that ends the process must not be captured, or its report would be lost.
 PYTEST = [
     "-p",
     "no:cacheprovider",
     "-o",
-    "testpaths=tests/test_kernels.py tests/test_kernels_memory.py tests/test_shared_memory.py",
+    f"testpaths={' '.join(TESTS)}",
     "--capture=sys",
 ]
 

@@ -9,9 +9,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from environment import clean, install
+from support import ROOT
+from support.environment import clean, install
 
-ROOT = Path(__file__).parent.parent
 # What CMake looks for.
 COMPILER = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "c++", "g++", "clang++"))), None)
 pytestmark = pytest.mark.timeout(600)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from ranks import run_ranks
+from support.ranks import run_ranks
 
 import syncbn
 from syncbn import core

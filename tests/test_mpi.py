@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from mpirun import PYTEST, mpirun, needs_mpi, passed_on_ranks, run
+from support.mpirun import PYTEST, mpirun, needs_mpi, passed_on_ranks, run
 
 TESTS = Path(__file__).parent
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from mpirun import mpirun, needs_mpi, passed_on_ranks, run
+from support.mpirun import mpirun, needs_mpi, passed_on_ranks, run
 
 pytestmark = needs_mpi
 

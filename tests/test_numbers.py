@@ -3,13 +3,13 @@
 from datetime import timedelta
 
 import numpy as np
-import oracle
 import pytest
 import torch
 import torch.distributed as dist
-from implementations import combined
-from ranks import run_ranks
-from steps import batch, in_format
+from support import oracle
+from support.implementations import combined
+from support.ranks import run_ranks
+from support.steps import batch, in_format
 
 from syncbn import core
 from syncbn.comm import LocalCommunicator, as_communicator

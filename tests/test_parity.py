@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from ranks import run_ranks
-from steps import assert_equals_whole_batch, batch, distances, numpy_step, torch_layer, torch_step
+from support.ranks import run_ranks
+from support.steps import assert_equals_whole_batch, batch, distances, numpy_step, torch_layer, torch_step
 from torch import nn
 
 SPLITS = {

@@ -1,12 +1,12 @@
 """What has gone wrong in the arithmetic of other libraries; the number is that of the trap in the project's list."""
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from implementations import combined
-from ranks import rank_errors, run_ranks
-from steps import assert_equals_whole_batch, batch, distances, numpy_step, torch_layer, torch_step
+from support import oracle
+from support.implementations import combined
+from support.ranks import rank_errors, run_ranks
+from support.steps import assert_equals_whole_batch, batch, distances, numpy_step, torch_layer, torch_step
 from torch import nn
 
 import syncbn

@@ -26,10 +26,11 @@ from types import TracebackType
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from mpirun import MPIRUN, environment, run
+from support import ROOT
+from support.mpirun import MPIRUN, environment, run
 
 PREFIX = "10.77.0."
-LAUNCH = Path(__file__).parent.parent.parent / "launch"
+LAUNCH = ROOT / "launch"
 # For the scripts in launch/. Nodes share the machine's cores: bound to some, each would take the same.
 OURS = {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "BIND": "0"}
 TOOLS = ("ip", "mount", "nsenter", "readlink", "unshare")

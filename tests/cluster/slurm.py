@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from mpirun import environment, run
 from nodes import Nodes
+from support.mpirun import environment, run
 
 MISSING = [name for name in ("slurmctld", "slurmd", "sbatch", "srun") if shutil.which(name) is None]
 START_SECONDS, END_SECONDS = 30, 10

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from mpirun import MPIRUN, environment, mpirun, needs_mpi, run
 from nodes import LAUNCH, OURS, Nodes, absence
 from slurm import MISSING, slurm, submit
+from support.mpirun import MPIRUN, environment, mpirun, needs_mpi, run
 
 TIMEOUT_SECONDS = 250  # of a command, on a machine with other things to do; most take seconds
 ABSENCE = absence()

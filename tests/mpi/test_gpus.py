@@ -8,7 +8,7 @@ import contextlib
 import pytest
 import torch
 from mpi4py import MPI
-from ranks import run_ranks
+from support.ranks import run_ranks
 
 import syncbn.comm.mpi
 from syncbn.comm.mpi import MPICommunicator, gpu_aware

@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from mpi4py import MPI
-from ranks import RankFailedError, rank_errors, run_ranks
-from steps import assert_equals_whole_batch, batch, distances, numpy_step, torch_layer, torch_step
+from support.ranks import RankFailedError, rank_errors, run_ranks
+from support.steps import assert_equals_whole_batch, batch, distances, numpy_step, torch_layer, torch_step
 from torch import nn
 
 import syncbn
@@ -191,7 +191,7 @@ def test_copies_keep_their_communicator_and_pickles_say_that_they_lost_it():
 
 @pytest.mark.skipif(SIZE > 2, reason="DistributedDataParallel takes seconds to import, in every process")
 def test_ddp_over_gloo_with_layers_over_mpi_equals_one_process(monkeypatch, tmp_path):
-    from test_ddp import ROUNDING, difference, train
+    from support.training import ROUNDING, difference, train
 
     def over_gloo(self, *_):
         raise AssertionError("a layer's message went over Gloo")
@@ -213,7 +213,7 @@ def test_ddp_over_gloo_with_layers_over_mpi_equals_one_process(monkeypatch, tmp_
 
 
 def _train(rank, world, sizes, convert):
-    from test_ddp import train
+    from support.training import train
 
     return train(rank, dist.group.WORLD, sizes, convert, True, world)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from mpi4py import MPI
-from ranks import rank_errors, run_ranks
+from support.ranks import rank_errors, run_ranks
 
 import syncbn
 from syncbn.comm import LocalCommunicator, as_communicator

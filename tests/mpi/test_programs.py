@@ -34,7 +34,9 @@ def test_info_names_the_library_and_the_thread_level(capsys):
 
 @on_two_ranks
 def test_layers_are_timed_over_mpi(tmp_path):
-    from test_benchmarks import MINIMAL, layer, records_of
+    from support.records import MINIMAL, records_of
+
+    from benchmarks import layer
 
     file = tmp_path / "layer.jsonl"
     selected = ["--case", "tiny", "--operation", "bn", "--mode", "both", "--implementation", "*Sync*"]
@@ -52,8 +54,9 @@ def test_layers_are_timed_over_mpi(tmp_path):
 
 @on_two_ranks
 def test_a_layer_that_does_not_synchronise_over_mpi_is_not_timed(monkeypatch):
-    from test_benchmarks import MINIMAL, harness, layer
+    from support.records import MINIMAL
 
+    from benchmarks import harness, layer
     from syncbn.comm.mpi import MPICommunicator
 
     monkeypatch.setattr(MPICommunicator, "all_reduce", lambda self, buffer: None)
@@ -63,9 +66,9 @@ def test_a_layer_that_does_not_synchronise_over_mpi_is_not_timed(monkeypatch):
 
 @on_two_ranks
 def test_messages_are_timed_by_every_way_that_is_here(tmp_path, monkeypatch):
-    from test_benchmarks import MINIMAL, harness, records_of
+    from support.records import MINIMAL, records_of
 
-    from benchmarks import messages
+    from benchmarks import harness, messages
 
     file = tmp_path / "messages.jsonl"
     messages.main(["--channels", "4", "512", "--output", str(file), *MINIMAL])
@@ -90,10 +93,10 @@ def test_messages_are_timed_by_every_way_that_is_here(tmp_path, monkeypatch):
 
 @on_two_ranks
 def test_steps_are_timed_over_both_backends(tmp_path, monkeypatch):
-    from test_benchmarks import MINIMAL, harness, records_of
+    from support.records import MINIMAL, records_of
 
     import syncbn
-    from benchmarks import ranks, step
+    from benchmarks import harness, ranks, step
 
     small = ["--model", "small", "--batch", "2", "--image", "32"]
     file = tmp_path / "step.jsonl"

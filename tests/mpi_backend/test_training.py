@@ -3,11 +3,10 @@
 import contextlib
 from datetime import timedelta
 
-import oracle
 import pytest
-import steps
 import torch
 import torch.distributed as dist
+from support import oracle, steps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 

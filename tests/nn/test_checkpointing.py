@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from regions import (
+from support.regions import (
     CONTEXTS,
     PLAIN,
     REENTRANT,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
+from support.ranks import run_ranks
 from torch import nn
 from torch._functorch import config as functorch_config
 from torch.distributed.fsdp import fully_shard

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from ranks import rank_errors, run_ranks
+from support.ranks import rank_errors, run_ranks
 from torch import nn
 
 import syncbn

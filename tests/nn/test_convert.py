@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from ranks import rank_errors, run_ranks
+from support.ranks import rank_errors, run_ranks
 from torch import nn
 from torch.nn.utils import parametrize
 

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from ranks import rank_errors, run_ranks
+from support.ranks import rank_errors, run_ranks
 from test_convert import Named
 from torch import nn
 from torch.ao.quantization import fuse_modules, fuse_modules_qat, get_default_qat_qconfig, prepare_qat

@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from regions import Counting
+from support.regions import Counting
 from torch import nn
 
 import syncbn

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from ranks import run_ranks
+from support.ranks import run_ranks
 from test_convert import norm_act_class
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from ranks import run_ranks
-from steps import DTYPES, in_format
+from support.ranks import run_ranks
+from support.steps import DTYPES, in_format
 
 import syncbn
 from syncbn.comm import LocalCommunicator

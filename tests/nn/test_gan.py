@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
-from regions import Counting
+from support.ranks import run_ranks
+from support.regions import Counting
 from torch import nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel

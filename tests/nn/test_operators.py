@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from steps import DTYPES, in_format
+from support.steps import DTYPES, in_format
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 

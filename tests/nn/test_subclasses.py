@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from ranks import rank_errors
+from support.ranks import rank_errors
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._pytree import tree_map_only

@@ -6,8 +6,8 @@ import warnings
 
 import pytest
 import torch
-from ranks import run_ranks
-from regions import CONTEXTS, PLAIN, REENTRANT, SELECTIVE, Counting, Net, both, halves, nested, whole
+from support.ranks import run_ranks
+from support.regions import CONTEXTS, PLAIN, REENTRANT, SELECTIVE, Counting, Net, both, halves, nested, whole
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.distributed.device_mesh import init_device_mesh

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from ranks import rank_errors
+from support.ranks import rank_errors
 
 import syncbn
 import syncbn.numpy

@@ -5,8 +5,8 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from implementations import ELEMENT, SUM, combined, filled, normalised
-from steps import rounded
+from support.implementations import ELEMENT, SUM, combined, filled, normalised
+from support.steps import rounded
 
 from syncbn.kernels import Running, aten, cpu, reference
 

@@ -7,8 +7,8 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import rank_errors, run_ranks
-from steps import DTYPES, batch, in_format, parameters
+from support.ranks import rank_errors, run_ranks
+from support.steps import DTYPES, batch, in_format, parameters
 from torch import nn
 
 import syncbn

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from implementations import ELEMENT, SUM, filled, normalised
-from test_kernels import SHAPES
+from support.implementations import ELEMENT, SUM, filled, normalised
+from test_contract import SHAPES
 
 from syncbn.kernels import Epilogue, aten, cpu, reference
 from syncbn.kernels.epilogue import weight_floor

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import rank_errors, run_ranks
-from steps import assert_equals_whole_batch, batch, torch_layer, torch_step
+from support.ranks import rank_errors, run_ranks
+from support.steps import assert_equals_whole_batch, batch, torch_layer, torch_step
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 

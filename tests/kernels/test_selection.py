@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
 import torch
-from ranks import rank_errors
+from support.ranks import rank_errors
 
 import syncbn
 import syncbn.numpy
@@ -54,6 +55,17 @@ def test_kernels_that_were_not_compiled_say_why():
     implementation = available()[0]
     assert implementation.absence() == native.absence()
     assert instruction_set() is None
+
+
+def test_a_source_folder_without_its_library_warns_and_an_installation_without_a_compiler_does_not(monkeypatch):
+    monkeypatch.setattr(native, "load", lambda name: None)
+    for is_source_folder in (True, False):
+        monkeypatch.setattr(native, "is_source_folder", lambda answer=is_source_folder: answer)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert cpu._load() is None
+        expected = ["the kernels in C++ are not there: imported from a source folder"] if is_source_folder else []
+        assert [str(warning.message).partition(",")[0] for warning in caught] == expected
 
 
 def test_an_implementation_whose_library_is_missing_is_absent(monkeypatch):

@@ -9,11 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from mpirun import MPIRUN, SETTINGS, needs_mpi
+from support.launch_files import FOLDER, MANIFESTS, SCRIPTS, name_of, settings_of
+from support.mpirun import MPIRUN, SETTINGS, needs_mpi
 
-FOLDER = Path(__file__).parent.parent / "launch"
-SCRIPTS = sorted([*FOLDER.glob("*.sh"), *FOLDER.glob("*.sbatch")])
-MANIFESTS = sorted((FOLDER / "kubernetes").glob("*.yaml"))
 BASH = shutil.which("bash")
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
 pytestmark = pytest.mark.skipif(BASH is None, reason="no bash on this machine")
@@ -31,10 +29,6 @@ def run(path, *arguments, **environment):
         text=True,
         timeout=100,
     )
-
-
-def name_of(path):
-    return path.name
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
@@ -63,12 +57,6 @@ def test_scripts_are_valid_and_pass_all_arguments_on(path):
 def test_shellcheck_has_nothing_to_say():
     result = subprocess.run([SHELLCHECK, "--shell=bash", *SCRIPTS], capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (0, "")
-
-
-def settings_of(path):
-    """The lines that set what all scripts set, as {variable: default}."""
-    lines = path.read_text().partition("# What makes training fast")[2].partition("\n\n")[0]
-    return dict(re.findall(r'([A-Z_]+)="?(?:\$\{\1:-)?([^"}\s]+)', lines))
 
 
 def test_all_files_set_the_same():

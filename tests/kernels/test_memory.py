@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from implementations import ELEMENT, SUM, filled, normalised
+from support.implementations import ELEMENT, SUM, filled, normalised
 
 from syncbn.kernels import Epilogue, aten, cpu, reference
 

@@ -9,21 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support import ROOT
+from support.records import MINIMAL, README, records_of
 
 import syncbn
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the installed package
-
-from benchmarks import cases, harness, implementations, kernels, layer, memory, plot, report  # noqa: E402
-from benchmarks.ranks import World  # noqa: E402
-
-README = (ROOT / "benchmarks" / "README.md").read_text()
-# The first column of the tables under the headings that define keys.
-DEFINED = set(
-    re.findall(r"`(\w+)`", " ".join(re.findall(r"^\|([^|]*)\|", README.partition("### Keys")[2], re.MULTILINE)))
-)
-MINIMAL = ["--seconds", "0.001", "--minimum-repeats", "2"]
+from benchmarks import cases, harness, implementations, kernels, layer, memory, plot, report
+from benchmarks.ranks import World
 
 
 @pytest.fixture(autouse=True)
@@ -31,15 +22,6 @@ def _one_thread():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-
-
-def records_of(path):
-    fingerprint, *rows = map(json.loads, path.read_text().splitlines())
-    assert fingerprint["record"] == "fingerprint"
-    assert {row["record"] for row in rows} == {"row"}
-    undefined = {key for record in (fingerprint, *rows) for key in record} - DEFINED
-    assert not undefined, f"benchmarks/README.md does not define {undefined}"
-    return fingerprint, rows
 
 
 def test_kernels_record_every_kernel_with_its_bound(tmp_path, capsys, monkeypatch):

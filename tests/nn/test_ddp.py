@@ -1,13 +1,13 @@
 """Gradients by finite differences over two ranks, and SGD under DistributedDataParallel against one process."""
 
 import inspect
-from pathlib import Path
 
 import pytest
 import torch
-from ranks import rank_errors, run_ranks
+from support import ROOT
+from support.ranks import rank_errors, run_ranks
+from support.training import ROUNDING, difference, train
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
 from syncbn.functional import sync_batch_norm
@@ -100,60 +100,6 @@ def test_gradcheck_sees_a_backward_that_is_not_synchronised():
     assert all("Jacobian mismatch" in str(error) for error in errors)
 
 
-def _model():
-    torch.manual_seed(0)
-    blocks = [
-        nn.Conv2d(1, 4, 3),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.Conv2d(4, 5, 3, stride=2),
-        nn.BatchNorm2d(5),
-        nn.ReLU(),
-    ]
-    return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(45, 3), nn.BatchNorm1d(3)).double()
-
-
-def _data(step, n):
-    generator = torch.Generator().manual_seed(step)
-    images = torch.randn(n, 1, 9, 9, dtype=torch.float64, generator=generator)
-    return images, torch.randint(3, (n,), generator=generator)
-
-
-def train(rank, group, sizes, convert, scale, sync_group=None):
-    """Ten steps of SGD with momentum; sizes: the ranks' batches, the same at every step but rotating over the ranks."""
-    model = _model()
-    if convert:
-        syncbn.convert_sync_batchnorm(model, sync_group)
-    if group is not None:
-        model = DistributedDataParallel(model)
-    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
-    for step in range(10):
-        now = sizes[step % len(sizes) :] + sizes[: step % len(sizes)]
-        images, labels = _data(step, sum(sizes))
-        if group is not None:
-            images, labels = images.split(now)[rank], labels.split(now)[rank]
-        loss = nn.functional.cross_entropy(model(images), labels)
-        if scale:
-            loss = syncbn.scale_loss(loss, len(images), sync_group)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    state = (model.module if group is not None else model).state_dict()
-    return {name: value.double() for name, value in state.items()}
-
-
-def difference(states, whole):
-    """The largest difference of a tensor from the one-process run's, relative to that tensor's largest element."""
-    return max(
-        ((s[k] - v).abs().max() / v.abs().max().clamp(min=1e-3)).item() for s in states for k, v in whole.items()
-    )
-
-
-# Ten steps, each some ten operations deep, of relative error 2^-53 * sqrt(1000 terms): 10 * 10 * 3.5e-15, and a
-# margin of 3.
-ROUNDING = 1e-12
-
-
 @pytest.mark.parametrize("sizes", [[4, 4], [2, 2, 2, 2]], ids=["2", "4"])
 def test_ten_ddp_steps_equal_one_process(sizes):
     whole = train(0, None, sizes, False, False)
@@ -222,4 +168,4 @@ def test_trap_29_ddp_broadcasts_rank_0s_statistics_over_those_of_other_groups():
     assert run_ranks(_sub_groups, 3, "gloo", True) == own
     broadcast = [*own[:2], [50.25, 0.5 * 3.0 + 0.5 * 200.5]]  # its second step goes on from rank 0's 3.0
     assert run_ranks(_sub_groups, 3, "gloo", False) == broadcast
-    assert "`broadcast_buffers=False`" in (Path(__file__).parent.parent / "syncbn" / "README.md").read_text()
+    assert "`broadcast_buffers=False`" in (ROOT / "syncbn" / "README.md").read_text()

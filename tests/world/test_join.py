@@ -13,8 +13,8 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from mpirun import mpirun, needs_mpi
-from ranks import _processes
+from support.mpirun import mpirun, needs_mpi
+from support.ranks import _processes
 
 import syncbn
 from syncbn.world import Launch, LaunchError, group, rendezvous

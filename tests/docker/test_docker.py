@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_launch_scripts import MANIFESTS, SCRIPTS, name_of, settings_of
+from support import ROOT
+from support.launch_files import MANIFESTS, SCRIPTS, name_of, settings_of
 
-ROOT = Path(__file__).parent.parent
 DOCKER = ROOT / "docker"
 DOCKERFILE = (DOCKER / "Dockerfile").read_text()
 # The instructions, each on one line, and those of each stage.

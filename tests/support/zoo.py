@@ -1,6 +1,6 @@
 """Converts and reverts every model of torchvision or timm that has BatchNorm, and compares outputs in one process.
 
-    python tests/zoo.py torchvision        python tests/zoo.py timm [pattern]
+    python tests/support/zoo.py torchvision    python tests/support/zoo.py timm [pattern]
 
 Not part of the test suite, for these libraries want another torch and most of an hour. For each model: outputs in
 evaluation mode are the same bits before, between and after, no BatchNorm is left out, and every layer is of its first

@@ -6,8 +6,8 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import RankFailedError, rank_errors, run_ranks
 
+from support.ranks import RankFailedError, rank_errors, run_ranks
 from syncbn.comm import as_communicator
 
 LAUNCHERS = ["thread", "gloo"]

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import rank_errors, run_ranks
-from steps import assert_equals_whole_batch, batch, numpy_step, torch_step
+from support.ranks import rank_errors, run_ranks
+from support.steps import assert_equals_whole_batch, batch, numpy_step, torch_step
 
 import syncbn
 from syncbn.comm import as_communicator, shared_memory

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from ranks import run_ranks
-from steps import batch
+from support.ranks import run_ranks
+from support.steps import batch
 from torch import nn
 from torch.autograd.functional import hessian, hvp, jacobian
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
