@@ -6,6 +6,8 @@ import pytest
 import torch
 from support.implementations import IMPLEMENTATIONS
 
+from syncbn.kernels import gpu
+
 torch.set_num_threads(1)
 
 ON_MPI_RANKS = [Path(__file__).parent / name for name in ("mpi", "mpi_backend")]
@@ -25,7 +27,13 @@ def pytest_configure(config):
         config.option.basetemp = f"{config.option.basetemp}{MPI.COMM_WORLD.Get_rank()}"
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=pytest.mark.interpreted) if implementation.kernels is gpu else name
+        for name, implementation in IMPLEMENTATIONS.items()
+        if not implementation.error_free  # tests/kernels/gpu has tests of these sums
+    ]
+)
 def implementation(request, monkeypatch):
     """Each implementation of the kernels, in each way in which it works."""
     return IMPLEMENTATIONS[request.param].set_up(monkeypatch, request)

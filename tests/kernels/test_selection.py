@@ -25,7 +25,7 @@ def without_compiler(monkeypatch):
 
 def test_all_implementations_are_listed_with_what_they_take():
     implementations = {implementation.name: implementation for implementation in available()}
-    assert list(implementations) == ["cpu", "reference", "aten"]
+    assert list(implementations) == ["cpu", "reference", "gpu", "aten"]
     tensor, meta, array = torch.ones(1), torch.ones(1, device="meta"), np.ones(1)
     for name, module, taken in (
         ("cpu", cpu, [True, False, True]),

@@ -4,9 +4,10 @@ from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch
 
-from syncbn.kernels import PLAIN, Running, aten, cpu, reference
+from syncbn.kernels import PLAIN, Running, aten, cpu, gpu, reference
 
 NOTHING = Running()  # to update
 # Element-wise results in float32 from six operations; sums in float64 of at most 500 terms of order 1.
@@ -50,6 +51,7 @@ class Implementation(NamedTuple):
     library: str
     tile: int = 1 << 17
     cache_bytes: int | None = None
+    error_free: bool = False
 
     def __getattr__(self, name):
         return getattr(self.kernels, name)
@@ -62,6 +64,14 @@ class Implementation(NamedTuple):
     def set_up(self, monkeypatch, request):
         """Makes this the way in which the kernels work, until the test's end."""
         monkeypatch.setattr(aten, "_TILE_CPU", self.tile)
+        if self.kernels is gpu:
+            assert gpu.presence.is_interpreted(), "set TRITON_INTERPRET=1 for the tests marked as interpreted"
+            if "(1, 300, 2)" in request.node.name:
+                pytest.skip("300 programs, a channel each, take 7 seconds a test")
+            from syncbn.kernels.gpu import calls
+
+            device = calls._INTERPRETED._replace(slow_float64=self.error_free)
+            monkeypatch.setattr(calls, "_device", lambda _: device)
         if self.cache_bytes is not None:
             before = cpu._library.syncbn_set_cache_bytes(self.cache_bytes)
             request.addfinalizer(lambda: cpu._library.syncbn_set_cache_bytes(before))
@@ -78,4 +88,6 @@ IMPLEMENTATIONS = {
     "cpu-torch": Implementation(cpu, "torch"),
     "cpu-past_the_caches": Implementation(cpu, "torch", cache_bytes=0),
     "cpu-numpy": Implementation(cpu, "numpy"),
+    "gpu": Implementation(gpu, "torch"),
+    "gpu-error_free": Implementation(gpu, "torch", error_free=True),
 }

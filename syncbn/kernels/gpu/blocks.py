@@ -32,6 +32,8 @@ class Blocks(NamedTuple):
     Attributes:
         grid: (blocks of channels, parts of the batch).
         warps: of a program.
+        registers: of a thread, at most. Of 256 threads with 128 registers two programs fit a multiprocessor; left to
+            itself, CUDA's assembler keeps some values in memory to fit more.
         geometry: n, c, units, tiles, tiles_in_row, tiles_in_part, parts: the kernels' arguments of these names.
         shape: UNIT, LAST, ROWS, COLS: the kernels' constants of these names.
         added: ADD, how many parts' sums are added at once.
@@ -39,9 +41,15 @@ class Blocks(NamedTuple):
 
     grid: tuple[int, int]
     warps: int
+    registers: int
     geometry: tuple[int, int, int, int, int, int, int]
     shape: tuple[int, bool, int, int]
     added: int
+
+    @property
+    def launch(self) -> tuple[tuple[int, int], int, int]:
+        """The first arguments of a launch: grid, warps and registers."""
+        return self[:3]
 
 
 @lru_cache(maxsize=4096)
@@ -73,6 +81,7 @@ def blocks_of(n: int, c: int, s: int, itemsize: int, device: Device, kind: str) 
     return Blocks(
         (blocks, parts),
         warps,
+        168 if kind == "sum" and device.slow_float64 else 128,
         (n, c, width // unit, tiles, tiles_in_row, tiles_in_part, parts),
         (unit, last, rows, cols),
         max(1, _ADDED_AT_ONCE // (cols if last else 16)),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...layout import flatten
+from ...layout import Layout, layout_of
 from ..contract import Running, is_refused, refuse_mask
 from ..epilogue import ACTIVATIONS, PLAIN, Epilogue, weight_floor
 from . import elementwise, sums
@@ -28,12 +28,12 @@ _INTERPRETED = Device(programs=3, warp_threads=32)
 def stats(x: Tensor, center: Tensor | None, mask: Tensor | None = None) -> Tensor:
     """Sums, sums of squares and the count of one rank's x. See the package's contract."""
     refuse_mask(mask)
-    (x,) = _flat(x)
-    c, blocks = x.shape[1], _blocks(x, "sum")
+    layout = layout_of(x)
+    x, c, blocks = _dense(x, layout), x.shape[1], _blocks(x, layout, "sum")
     moments = torch.empty(2 * c + 1, dtype=torch.float64, device=x.device)
     arrays = x, center, moments, *_scratch(x, blocks)
     constants = *blocks.shape, blocks.added, _is_error_free(x)
-    _STATS.launch(x.device, blocks.grid, blocks.warps, arrays, blocks.geometry, constants)
+    _STATS.launch(x.device, *blocks.launch, arrays, blocks.geometry, constants)
     return moments
 
 
@@ -55,8 +55,8 @@ def normalise(
     count = float(moments[-1]) if moments.is_cpu else None
     if count is not None and is_refused(count):
         return count
-    y, x, residual = _flat(y, x, residual)
-    blocks = _blocks(x, "map")
+    layout = layout_of(y)
+    x, residual, blocks = _dense(x, layout), _dense(residual, layout), _blocks(x, layout, "map")
     buffers = [None if v is None else v.contiguous() for v in (running.mean, running.var)]
     momentum, on_device = (0.0, running.momentum) if isinstance(running.momentum, Tensor) else (running.momentum, None)
     weight, bias = _vector(weight), _vector(bias)
@@ -65,7 +65,7 @@ def normalise(
     numbers = *blocks.geometry, eps, momentum, slope, weight_floor(x.dtype)
     constants = activation, epilogue.in_place, *blocks.shape
     counter = _scratch(x, blocks)[1]
-    _NORMALISE.launch(x.device, blocks.grid, blocks.warps, (*arrays, counter), numbers, constants)
+    _NORMALISE.launch(x.device, *blocks.launch, (*arrays, counter), numbers, constants)
     for buffer, written in zip((running.mean, running.var), buffers, strict=True):
         if buffer is not written and buffer is not None:
             buffer.copy_(written)  # of a buffer with gaps
@@ -87,15 +87,15 @@ def backward_reduce(
 ) -> Tensor:
     """Sums of g and of g * (x - mean) of one rank. See the package's contract."""
     refuse_mask(mask)
-    g, x, dy, gate = _flat(g, x, dy, gate) if g is not None else (None, *_flat(x, dy, gate))
-    c, blocks = x.shape[1], _blocks(x, "sum")
+    layout = layout_of(x if g is None else g)
+    x, dy, gate, c, blocks = *(_dense(v, layout) for v in (x, dy, gate)), x.shape[1], _blocks(x, layout, "sum")
     found = torch.empty(2 * c, dtype=torch.float64, device=x.device)
     vectors = _vector(weight), _vector(bias), grad_weight, grad_bias
     arrays = dy, x, gate, g, statistics, *vectors, found, *_scratch(x, blocks)
     activation, slope, steep = _epilogue(epilogue)
     numbers = *blocks.geometry, slope, steep, weight_floor(x.dtype)
     constants = activation, epilogue.in_place, *blocks.shape, blocks.added, _is_error_free(x)
-    _BACKWARD_REDUCE.launch(x.device, blocks.grid, blocks.warps, arrays, numbers, constants)
+    _BACKWARD_REDUCE.launch(x.device, *blocks.launch, arrays, numbers, constants)
     return found
 
 
@@ -112,27 +112,31 @@ def backward_elemt(
 ) -> None:
     """The gradient: dx = weight * invstd * (g - sum_g / N - (x - mean) * invstd^2 * sum_g_xmu / N)."""
     refuse_mask(mask)
-    dx, x, dy = _flat(dx, x, dy)
-    blocks = _blocks(x, "map")
+    layout = layout_of(dx)
+    x, dy, blocks = _dense(x, layout), _dense(dy, layout), _blocks(x, layout, "map")
     arrays = dy, x, dx, statistics, _vector(weight), _vector(bias), sums
     activation, slope, steep = _epilogue(epilogue)
     numbers = *blocks.geometry, slope, steep, weight_floor(x.dtype)
     constants = activation, epilogue.in_place, *blocks.shape
-    _BACKWARD_ELEMT.launch(x.device, blocks.grid, blocks.warps, arrays, numbers, constants)
+    _BACKWARD_ELEMT.launch(x.device, *blocks.launch, arrays, numbers, constants)
 
 
-def _flat(*batches: Tensor | None) -> list[Any]:
-    """Views batches as (n, c, s), in the layout of the first; copies those whose memory is in another order."""
-    flat = flatten(*(v.resolve_neg() if v is not None and v.is_neg() else v for v in batches))
-    return [v if v is None or v.is_contiguous() else v.contiguous() for v in flat]
+def _dense(v: Any, layout: Layout) -> Any:
+    """Returns a batch whose memory is in the order of the layout: itself, or a copy."""
+    if v is None or (v.stride() == layout.strides and not v.is_neg()):
+        return v
+    strides = zip(layout.shape, v.stride(), layout.strides, strict=True)
+    if not v.is_neg() and all(found == expected for size, found, expected in strides if size > 1):
+        return v
+    return v.new_empty_strided(layout.shape, layout.strides).copy_(v)
 
 
 def _vector(v: Tensor | None) -> Tensor | None:
-    return None if v is None else v.resolve_neg().contiguous()
+    return v if v is None or (v.is_contiguous() and not v.is_neg()) else v.resolve_neg().contiguous()
 
 
-def _blocks(x: Tensor, kind: str) -> Blocks:
-    return blocks_of(*x.shape, x.itemsize, _device(x.device), kind)
+def _blocks(x: Tensor, layout: Layout, kind: str) -> Blocks:
+    return blocks_of(*layout.flat_shape, x.itemsize, _device(x.device), kind)
 
 
 def _scratch(x: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import threading
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ import triton
 from torch import Tensor
 
 _INTERPRETED = triton.knobs.runtime.interpret
+_interpreter = threading.Lock()  # it is one for all threads
 
 
 class Kernel:
@@ -28,6 +30,7 @@ class Kernel:
         device: torch.device,
         grid: tuple[int, int],
         warps: int,
+        registers: int,
         arrays: tuple[Tensor | None, ...],
         numbers: tuple[float, ...],
         constants: tuple[Any, ...],
@@ -39,39 +42,48 @@ class Kernel:
         """
         arguments = *arrays, *numbers, *constants
         if _INTERPRETED:
-            with np.errstate(all="ignore"):  # GPUs make inf and NaN without a word
+            with _interpreter, np.errstate(all="ignore"):  # GPUs make inf and NaN without a word
                 self.function[grid](*arguments)
             return
         index = device.index
         if index != torch.cuda.current_device():
             with torch.cuda.device(index):
-                self.launch(device, grid, warps, arrays, numbers, constants)
+                self.launch(device, grid, warps, registers, arrays, numbers, constants)
             return
         variants = [None if v is None else (v.dtype, v.data_ptr() % 16) for v in arrays]
         key = index, warps, constants, *variants
         kernel = self.compiled.get(key)
         if kernel is None:
-            # Without contraction of a * b + c into one operation, which would round otherwise than the other kernels.
-            self.compiled[key] = self.function[grid](*arguments, num_warps=warps, enable_fp_fusion=False)
+            self.compiled[key] = self.function[grid](*arguments, **options(warps, registers, bool(torch.version.hip)))
             return
         stream = torch._C._cuda_getCurrentRawStream(index)
         kernel.run(*grid, 1, stream, kernel.function, kernel.packed_metadata, None, None, None, *arguments)
 
 
-class Scratch:
+def options(warps: int, registers: int, is_hip: bool) -> dict[str, Any]:
+    """Returns what the compiler is told, see Blocks.
+
+    a * b + c is not contracted into one operation, which would round otherwise than the other kernels.
+    """
+    options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": False}
+    return options if is_hip else options | {"maxnreg": registers}
+
+
+class Scratch(NamedTuple):
     """What the programs of a kernel hand to the last of them, one for each device and stream.
 
     Attributes:
         partial: float64, the programs' sums.
         counter: int32, how many of a block's programs have come; 0 between kernels.
+        room: elements of partial and of counter.
     """
 
-    def __init__(self, device: torch.device, partial: int, counter: int) -> None:
-        self.partial = torch.empty(partial, dtype=torch.float64, device=device)
-        self.counter = torch.zeros(counter, dtype=torch.int32, device=device)
+    partial: Tensor
+    counter: Tensor
+    room: tuple[int, int]
 
 
-_scratches: dict[tuple[torch.device, int], Scratch] = {}
+_scratches: dict[tuple[int | None, int], Scratch] = {}
 
 
 def scratch_of(device: torch.device, partial: int, counter: int) -> Scratch:
@@ -79,17 +91,25 @@ def scratch_of(device: torch.device, partial: int, counter: int) -> Scratch:
 
     While a CUDA graph is captured it is the graph's own: graphs may be replayed on other streams, at the same time.
     """
-    stream = 0
+    stream, index = 0, device.index
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
-            return Scratch(device, partial, counter)
-        stream = torch._C._cuda_getCurrentRawStream(device.index)
-    scratch = _scratches.get((device, stream))
-    if scratch is None or len(scratch.partial) < partial or len(scratch.counter) < counter:
-        scratch = Scratch(device, _room(partial), _room(counter))
-        _scratches[device, stream] = scratch
+            return _allocate(device, partial, counter)
+        stream = torch._C._cuda_getCurrentRawStream(index)
+    scratch = _scratches.get((index, stream))
+    if scratch is None or scratch.room[0] < partial or scratch.room[1] < counter:
+        scratch = _scratches[index, stream] = _allocate(device, _more_than(partial), _more_than(counter))
     return scratch
 
 
-def _room(elements: int) -> int:
+def _allocate(device: torch.device, partial: int, counter: int) -> Scratch:
+    return Scratch(
+        torch.empty(partial, dtype=torch.float64, device=device),
+        torch.zeros(counter, dtype=torch.int32, device=device),
+        (partial, counter),
+    )
+
+
+def _more_than(elements: int) -> int:
+    """A power of 2, so that scratch grows a few times only."""
     return 1 << max(12, elements.bit_length())

@@ -65,7 +65,7 @@ def stats_kernel(
     if ERROR_FREE:
         # About an element of each channel, so that the mean does not drown what is summed; taken back in float64.
         origin, across, there = tile_at(row, col, block, n, c, width, LAST, 1, COLS if LAST else 1)
-        shift = tl.load(x + origin + across, there & (first < tiles), other=0.0).to(ACC)
+        shift = tl.load(x + origin + across, there, other=0.0).to(ACC)
     elif center is not None:
         shift = tl.load(center + channels, inside, other=0.0)
     sum1 = tl.zeros([ROWS, COLS], tl.float64)

@@ -1,7 +1,7 @@
 """What the GPU kernels become for GPUs that are not here: compiled ahead of time, disassembled and counted.
 
     python tests/kernels/gpu/machine_code.py --write          all variants on all targets, into machine_code.jsonl
-    python tests/kernels/gpu/machine_code.py sm_90 bfloat16   a target's, of a dtype, as lines
+    python tests/kernels/gpu/machine_code.py sm_90 bfloat16   a target's, of a dtype, to standard output
 
 A line is a kernel for one dtype, shape and epilogue on one target:
 
@@ -32,6 +32,7 @@ from syncbn.kernels import Epilogue
 from syncbn.kernels.epilogue import ACTIVATIONS
 from syncbn.kernels.gpu import elementwise, sums
 from syncbn.kernels.gpu.blocks import Device, blocks_of
+from syncbn.kernels.gpu.launch import options
 
 TABLE = Path(__file__).with_name("machine_code.jsonl")
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -71,7 +72,7 @@ WARP, ISSUED = 32, 4  # threads; instructions of warps in a clock
 def sources_hash() -> str:
     """Of what the machine code is made of."""
     files = sorted(Path(package.__file__).parent.glob("*.py"))
-    text = "".join(f.read_text() for f in files if f.stem in ("arithmetic", "sums", "elementwise", "blocks"))
+    text = "".join(f.read_text() for f in files if f.stem in ("arithmetic", "sums", "elementwise", "blocks", "launch"))
     return hashlib.sha256(f"{triton.__version__}{text}".encode()).hexdigest()[:16]
 
 
@@ -92,11 +93,11 @@ def compiled(target: str, dtype: str, kernel: str, shape: str, epilogue: str):
     """Returns what Triton makes of a variant, for arrays that are aligned to 16 bytes."""
     function, kind = KERNELS[kernel]
     names, short = function.arg_names, SHORT[dtype]
-    device = Device(programs=2 * 132, warp_threads=TARGETS[target].warp_size)
+    slow_float64 = target in SLOW_FLOAT64 and dtype != "float64"
+    device = Device(programs=2 * 132, warp_threads=TARGETS[target].warp_size, slow_float64=slow_float64)
     blocks = blocks_of(*SHAPES[shape], getattr(torch, dtype).itemsize, device, kind)
     activation, _, in_place = EPILOGUES[epilogue]
     constants = dict(zip(("UNIT", "LAST", "ROWS", "COLS"), blocks.shape, strict=True))
-    slow_float64 = target in SLOW_FLOAT64 and dtype != "float64"
     constants |= {
         "ERROR_FREE": slow_float64,
         "ADD": blocks.added,
@@ -114,8 +115,8 @@ def compiled(target: str, dtype: str, kernel: str, shape: str, epilogue: str):
     signature = {n: "constexpr" if n in constants else types[n] for n in names}
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, t in signature.items() if t.startswith("*")}
     source = ASTSource(function, signature, {(names.index(n),): v for n, v in constants.items()}, aligned)
-    options = {"num_warps": blocks.warps, "enable_fp_fusion": False}
-    return triton.compile(source, target=TARGETS[target], options=options)
+    told = options(blocks.warps, blocks.registers, is_hip=target.startswith("gfx"))
+    return triton.compile(source, target=TARGETS[target], options=told)
 
 
 def line(target: str, dtype: str, kernel: str, shape: str, epilogue: str) -> dict:
@@ -213,7 +214,11 @@ def main() -> None:
     parser.add_argument("target", nargs="?", choices=TARGETS)
     parser.add_argument("dtype", nargs="?", choices=DTYPES, default="bfloat16")
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--sources", action="store_true", help="print what the sources are now, as in the first line")
     arguments = parser.parse_args()
+    if arguments.sources:
+        print(sources_hash())
+        return
     if not arguments.write:
         for variant in variants(arguments.target or "sm_90", arguments.dtype):
             print(json.dumps(line(arguments.target or "sm_90", arguments.dtype, *variant)), flush=True)

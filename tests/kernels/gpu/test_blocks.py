@@ -50,7 +50,9 @@ def test_rows_are_known_to_be_aligned_as_far_as_they_are(itemsize):
         assert unit * itemsize == 16 or s % (2 * unit) or s == 1
 
 
-@pytest.mark.parametrize("shape", [(64, 1 << 12, 1 << 14), (1 << 20, 1 << 25, 1), (3, 1 << 20, 1 << 12), (1, 1, 1 << 33)])
+@pytest.mark.parametrize(
+    "shape", [(64, 1 << 12, 1 << 14), (1 << 20, 1 << 25, 1), (3, 1 << 20, 1 << 12), (1, 1, 1 << 33)]
+)
 @pytest.mark.parametrize("kind", ["sum", "map"])
 def test_offsets_within_a_tile_fit_32_bits(shape, kind):
     n, c, s = shape
