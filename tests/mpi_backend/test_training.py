@@ -6,7 +6,9 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from support import oracle, steps
+from support.parity import assert_control, assert_parity
+from support.ranks import RankFailedError
+from support.steps import torch_step
 from support.tolerances import TRAINING, UNSYNCHRONISED, difference
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -149,30 +151,26 @@ def torch_distributed_refuses():
         dist.all_reduce = original
 
 
-def layer_step(group):
-    sizes = [3, 0, 5][: size()]
-    xs, dys = steps.batch(0, [(n, 4, 3) for n in sizes])
-    return steps.torch_step(rank(), group, xs, dys), xs, dys
+def step_around_torch_distributed(rank, group, xs, dys, dtype):
+    with torch_distributed_refuses():
+        return torch_step(rank, group, xs, dys, dtype)
+
+
+def step_on_another_communicator(rank, group, xs, dys, dtype):
+    return step_around_torch_distributed(rank, _Communicator(), xs, dys, dtype)
 
 
 def test_a_layer_equals_the_whole_batch_and_goes_around_torch_distributed():
-    with torch_distributed_refuses():
-        found, xs, dys = layer_step(None)
-    everything = [None] * size()
-    dist.all_gather_object(everything, found)
-    steps.assert_equals_whole_batch(everything, xs, dys)
-    assert set(oracle.FIELDS) <= set(found)
+    assert_parity("group", [3, 0, 5][: size()], step_around_torch_distributed)
+
+
+def test_unsynchronised_layers_differ_from_the_whole_batch():
+    assert_control("group", [3] * size(), torch_step)
 
 
 def test_a_layer_on_another_communicator_would_not_go_around():
-    raised = False
-    with torch_distributed_refuses():
-        try:
-            layer_step(_Communicator())
-        except TypeError as error:
-            raised = "'NoneType' object is not callable" in str(error)
-    assert raised
-    dist.barrier()
+    with pytest.raises(RankFailedError, match="'NoneType' object is not callable"):
+        assert_parity("group", [3, 0, 5][: size()], step_on_another_communicator)
 
 
 class _Communicator(TorchCommunicator):
