@@ -5,15 +5,14 @@ import pytest
 import torch
 from support import oracle
 from support.implementations import combined
+from support.parity import STEPS, assert_control, batch_norm_step
 from support.ranks import rank_errors, run_ranks
-from support.steps import assert_equals_whole_batch, batch, distances, numpy_step, torch_layer, torch_step
+from support.steps import assert_equals_whole_batch, batch, torch_step
 from torch import nn
 
 import syncbn
 from syncbn.comm import LocalCommunicator
 from syncbn.kernels import Running, aten, reference
-
-STEPS = [torch_step, numpy_step]
 
 
 def assert_equal(step, xs, dys, dtype="float32"):
@@ -219,12 +218,4 @@ def test_trap_27_large_counts_are_exact(library, count):
 
 
 def test_trap_31_the_parity_assertion_fails_without_synchronisation():
-    xs, dys = batch(31, [(3, 2, 4, 4), (2, 2, 4, 4)])
-
-    def step(rank, group):
-        return torch_step(rank, group, xs, dys, layer=torch_layer(2, "float32", nn.BatchNorm2d))
-
-    worst = distances(run_ranks(step, 2, "thread"), xs, dys)
-    assert {name for name in oracle.FIELDS if worst[name] > 100} == {*oracle.FIELDS} - {"grad_bias"}, worst
-    with pytest.raises(AssertionError, match="times as far from the truth"):
-        assert_equals_whole_batch(run_ranks(step, 2, "thread"), xs, dys)
+    assert_control("thread", [3, 2], batch_norm_step)

@@ -12,6 +12,7 @@ import torch
 from nodes import LAUNCH, OURS, Nodes, absence
 from slurm import MISSING, slurm, submit
 from support.mpirun import MPIRUN, environment, mpirun, needs_mpi, run
+from support.tolerances import TRAINING, UNSYNCHRONISED, difference
 
 TIMEOUT_SECONDS = 250  # of a command, on a machine with other things to do; most take seconds
 ABSENCE = absence()
@@ -21,8 +22,6 @@ pytestmark = [
     pytest.mark.timeout(2 * TIMEOUT_SECONDS),
 ]
 TRAIN = Path(__file__).with_name("train.py")
-# Ten steps, each some ten operations deep, of relative error 2^-53 * sqrt(1000 terms), and a margin of 3.
-ROUNDING = 1e-12
 # Under which name the ranks know what started them.
 STARTED_BY = {
     "torchrun_nodes.sh": "torchrun",
@@ -92,12 +91,8 @@ def on_each(nodes, *words, environments):
         return [each.result() for each in started]
 
 
-def difference(file, other):
-    """The largest relative difference of two states."""
-    state, whole = torch.load(file), torch.load(other)
-    assert state.keys() == whole.keys()
-    pairs = [(state[name].double(), value.double()) for name, value in whole.items()]
-    return max(((got - value).abs().max() / value.abs().max().clamp(min=1e-3)).item() for got, value in pairs)
+def difference_of_files(file, other):
+    return difference(torch.load(file), torch.load(other))
 
 
 @pytest.fixture(scope="module")
@@ -123,13 +118,13 @@ def test_one_script_trains_under_every_launcher_as_in_one_process(launch, alone,
     for rank in (0, 1):
         place = rf"rank {rank} of 2, 0 of 1 on node{rank}, cpu, \w+, started by {STARTED_BY[script]}"
         assert re.search(place, output), output
-    assert difference(tmp_path / "state.pt", alone) < ROUNDING
+    assert difference_of_files(tmp_path / "state.pt", alone) < TRAINING
 
 
 def test_without_synchronised_statistics_training_is_another(nodes, alone, tmp_path):
     answers = nodes.torchrun(TRAIN, tmp_path / "state.pt", "--apart", timeout=TIMEOUT_SECONDS)
     assert [code for code, _ in answers] == [0, 0], answers
-    assert difference(tmp_path / "state.pt", alone) > 1e-3
+    assert difference_of_files(tmp_path / "state.pt", alone) > UNSYNCHRONISED
 
 
 NEVER_ALL = """

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from support.parity import STEPS, assert_parity
 from support.ranks import rank_errors, run_ranks
-from support.steps import assert_equals_whole_batch, batch, numpy_step, torch_step
 
 import syncbn
 from syncbn.comm import as_communicator, shared_memory
@@ -249,20 +249,18 @@ def _without(rank, absent):
         shared_memory._FOLDER = Path("/nonexistent")
 
 
-def _step_without(rank, group, step, absent, xs, dys):
+def _step_without(rank, group, xs, dys, dtype, step, absent):
     _without(rank, absent)
-    result = step(rank, group, xs, dys)
-    return result, as_communicator(group).shares_memory
+    result = step(rank, group, xs, dys, dtype)
+    assert as_communicator(group).shares_memory == (not absent)
+    return result
 
 
-@pytest.mark.parametrize("step", [torch_step, numpy_step])
+@pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("absent", [(), (0,), (1,), (0, 1, 2)])
 def test_with_and_without_shared_memory_ranks_equal_the_whole_batch(step, absent):
     before = names()
-    xs, dys = batch(3, [(1, 3, 4, 5), (0, 3, 4, 5), (5, 3, 4, 5)])
-    results, shares = zip(*run_ranks(_step_without, 3, "gloo", step, absent, xs, dys), strict=True)
-    assert set(shares) == {not absent}
-    assert_equals_whole_batch(results, xs, dys)
+    assert_parity("gloo", [1, 0, 5], _step_without, spatial=(4, 5), arguments=(step, absent))
     assert names() <= before
 
 

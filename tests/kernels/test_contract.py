@@ -6,8 +6,9 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from support.implementations import ELEMENT, SUM, combined, filled, normalised
+from support.implementations import combined, filled, normalised
 from support.steps import rounded
+from support.tolerances import ELEMENT, SUM
 
 from syncbn.kernels import Running, aten, cpu, gpu, reference
 

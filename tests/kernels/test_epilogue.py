@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from support.implementations import ELEMENT, SUM, filled, normalised
+from support.implementations import filled, normalised
+from support.tolerances import ELEMENT, SUM
 from test_contract import SHAPES
 
 from syncbn.kernels import Epilogue, aten, cpu, reference

@@ -6,7 +6,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from support.implementations import ELEMENT, SUM, filled, normalised
+from support.implementations import filled, normalised
+from support.tolerances import ELEMENT, SUM
 
 from syncbn.kernels import Epilogue, aten, cpu, reference
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from mpi4py import MPI
+from support.parity import STEPS, assert_control, assert_parity, batch_norm_step, every_case, splits
 from support.ranks import RankFailedError, rank_errors, run_ranks
-from support.steps import assert_equals_whole_batch, batch, distances, numpy_step, torch_layer, torch_step
+from support.steps import assert_equals_whole_batch, batch, torch_step
 from torch import nn
 
 import syncbn
@@ -23,49 +24,24 @@ from syncbn.comm.torch import TorchCommunicator
 
 WORLD = MPI.COMM_WORLD
 SIZE = WORLD.Get_size()
-SPLITS = {
-    "even": [3] * SIZE,
-    "uneven": [1 + 2 * rank for rank in range(SIZE)],
-    "one_empty": [0 if rank == SIZE // 2 else 2 + rank for rank in range(SIZE)],
-}
-STEPS = [torch_step, numpy_step]
+SPLITS = splits(SIZE)
 pytestmark = pytest.mark.mpi(min_size=2)
 
 
-def shapes_of(split, c=3):
-    return [(n, c, 3, 5) for n in SPLITS[split]]
-
-
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("step", STEPS)
-def test_every_split_equals_the_whole_batch(step, split, dtype):
-    if step is numpy_step and dtype == "bfloat16":
-        dtype = "float16"  # NumPy has no bfloat16
-    xs, dys = batch(1, shapes_of(split), dtype, mean=2.0)
-    assert_equals_whole_batch(run_ranks(step, SIZE, "mpi", xs, dys, dtype), xs, dys, dtype)
+@every_case(SPLITS)
+def test_every_split_equals_the_whole_batch(step, sizes, dtype):
+    assert_parity("mpi", sizes, step, dtype)
 
 
 @pytest.mark.parametrize("formats", [("channels_last", "strided"), ("strided", "channels_last")])
 def test_memory_formats_equal_the_whole_batch(formats):
-    xs, dys = batch(2, shapes_of("uneven", c=70))  # messages beyond a cache line, and odd
-    assert_equals_whole_batch(run_ranks(torch_step, SIZE, "mpi", xs, dys, "float32", None, formats), xs, dys)
+    # 70 channels: messages beyond a cache line, and odd
+    assert_parity("mpi", SPLITS["uneven"], torch_step, channels=70, arguments=(None, formats))
 
 
-def _unsynchronised_step(rank, group, xs, dys):
-    return torch_step(rank, group, xs, dys, layer=torch_layer(xs[0].shape[1], "float32", nn.BatchNorm2d))
-
-
-def _self_step(rank, group, xs, dys, step):
-    return step(rank, MPI.COMM_SELF, xs, dys)
-
-
-@pytest.mark.parametrize("step", [_unsynchronised_step, *STEPS])
+@pytest.mark.parametrize("step", [batch_norm_step, *STEPS])
 def test_unsynchronised_layers_differ_from_the_whole_batch(step):
-    xs, dys = batch(1, shapes_of("even"))
-    alone = (_self_step, step) if step in STEPS else (step,)  # COMM_SELF is a world of one
-    worst = distances(run_ranks(alone[0], SIZE, "mpi", xs, dys, *alone[1:]), xs, dys)
-    assert all(worst[name] > 1000 for name in ("y", "dx", "grad_weight", "running_mean", "running_var")), worst
+    assert_control("mpi", SPLITS["even"], step)
 
 
 def _half(rank, world, xs, dys, step):
@@ -78,7 +54,7 @@ def _half(rank, world, xs, dys, step):
 
 @pytest.mark.parametrize("step", STEPS)
 def test_sub_communicators_normalise_by_themselves(step):
-    xs, dys = batch(4, shapes_of("uneven"))
+    xs, dys = batch(4, [(n, 3, 3, 5) for n in SPLITS["uneven"]])
     results = run_ranks(_half, SIZE, "mpi", xs, dys, step)
     for half in (slice(0, None, 2), slice(1, None, 2)):
         assert_equals_whole_batch(results[half], xs[half], dys[half])
@@ -191,7 +167,8 @@ def test_copies_keep_their_communicator_and_pickles_say_that_they_lost_it():
 
 @pytest.mark.skipif(SIZE > 2, reason="DistributedDataParallel takes seconds to import, in every process")
 def test_ddp_over_gloo_with_layers_over_mpi_equals_one_process(monkeypatch, tmp_path):
-    from support.training import ROUNDING, difference, train
+    from support.tolerances import TRAINING, UNSYNCHRONISED
+    from support.training import largest_difference, train
 
     def over_gloo(self, *_):
         raise AssertionError("a layer's message went over Gloo")
@@ -204,8 +181,8 @@ def test_ddp_over_gloo_with_layers_over_mpi_equals_one_process(monkeypatch, tmp_
         sizes = [3, 5]
         whole = train(0, None, sizes, False, False)
         synchronised = run_ranks(_train, SIZE, "mpi", sizes, True)
-        assert difference(synchronised, whole) < ROUNDING
-        assert difference(run_ranks(_train, SIZE, "mpi", sizes, False), whole) > 1e-3
+        assert largest_difference(synchronised, whole) < TRAINING
+        assert largest_difference(run_ranks(_train, SIZE, "mpi", sizes, False), whole) > UNSYNCHRONISED
         with pytest.raises(RankFailedError, match="went over Gloo"):
             run_ranks(_default_group_step, SIZE, "mpi")
     finally:

@@ -6,7 +6,10 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from support import oracle, steps
+from support.parity import assert_control, assert_parity
+from support.ranks import RankFailedError
+from support.steps import torch_step
+from support.tolerances import TRAINING, UNSYNCHRONISED, difference
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,8 +19,6 @@ from syncbn.comm.torch import TorchCommunicator
 pytestmark = pytest.mark.mpi(min_size=2)
 
 STEPS = 10
-# Ten steps, each some ten operations deep, of relative error 2^-53 * sqrt(1000 terms), and a margin of 3.
-ROUNDING = 1e-12
 
 
 def rank():
@@ -70,10 +71,6 @@ def train(net, part=None, accumulate=1, branch=False):
     return {k: v.double() for k, v in getattr(net, "module", net).state_dict().items()}
 
 
-def difference(state, whole):
-    return max(((state[k] - v).abs().max() / v.abs().max().clamp(min=1e-3)).item() for k, v in whole.items())
-
-
 def parity(whole=None, branch=False, accumulate=1, **options):
     whole = train(model(branch), accumulate=accumulate, branch=branch)
     net = DistributedDataParallel(syncbn.convert_sync_batchnorm(model(branch)), **options)
@@ -81,28 +78,28 @@ def parity(whole=None, branch=False, accumulate=1, **options):
 
 
 def test_ten_steps_equal_one_process():
-    assert parity() < ROUNDING
+    assert parity() < TRAINING
 
 
 def test_ten_steps_without_synchronised_statistics_do_not():
     whole = train(model())
-    assert difference(train(DistributedDataParallel(model()), (rank(), size())), whole) > 1e-3
+    assert difference(train(DistributedDataParallel(model()), (rank(), size())), whole) > UNSYNCHRONISED
 
 
 def test_ten_steps_with_gradients_that_are_views_of_small_buckets():
-    assert parity(gradient_as_bucket_view=True, bucket_cap_mb=0.001) < ROUNDING
+    assert parity(gradient_as_bucket_view=True, bucket_cap_mb=0.001) < TRAINING
 
 
 def test_ten_steps_with_unused_parameters():
-    assert parity(branch=True, find_unused_parameters=True) < ROUNDING
+    assert parity(branch=True, find_unused_parameters=True) < TRAINING
 
 
 def test_ten_steps_of_gradient_accumulation_without_messages_in_between():
-    assert parity(accumulate=3) < ROUNDING
+    assert parity(accumulate=3) < TRAINING
 
 
 def test_ten_steps_of_a_static_graph():
-    assert parity(static_graph=True) < ROUNDING
+    assert parity(static_graph=True) < TRAINING
 
 
 def test_ten_steps_with_a_hook_that_compresses():
@@ -111,10 +108,10 @@ def test_ten_steps_with_a_hook_that_compresses():
     whole = train(model())
     net = DistributedDataParallel(syncbn.convert_sync_batchnorm(model()))
     net.register_comm_hook(None, default_hooks.allreduce_hook)
-    assert difference(train(net, (rank(), size())), whole) < ROUNDING
+    assert difference(train(net, (rank(), size())), whole) < TRAINING
     net = DistributedDataParallel(syncbn.convert_sync_batchnorm(model()))
     net.register_comm_hook(None, default_hooks.fp16_compress_hook)
-    assert ROUNDING < difference(train(net, (rank(), size())), whole) < 0.5
+    assert TRAINING < difference(train(net, (rank(), size())), whole) < 0.5
 
 
 def test_gradients_of_a_bfloat16_model_are_the_rounded_mean():
@@ -154,30 +151,26 @@ def torch_distributed_refuses():
         dist.all_reduce = original
 
 
-def layer_step(group):
-    sizes = [3, 0, 5][: size()]
-    xs, dys = steps.batch(0, [(n, 4, 3) for n in sizes])
-    return steps.torch_step(rank(), group, xs, dys), xs, dys
+def step_around_torch_distributed(rank, group, xs, dys, dtype):
+    with torch_distributed_refuses():
+        return torch_step(rank, group, xs, dys, dtype)
+
+
+def step_on_another_communicator(rank, group, xs, dys, dtype):
+    return step_around_torch_distributed(rank, _Communicator(), xs, dys, dtype)
 
 
 def test_a_layer_equals_the_whole_batch_and_goes_around_torch_distributed():
-    with torch_distributed_refuses():
-        found, xs, dys = layer_step(None)
-    everything = [None] * size()
-    dist.all_gather_object(everything, found)
-    steps.assert_equals_whole_batch(everything, xs, dys)
-    assert set(oracle.FIELDS) <= set(found)
+    assert_parity("group", [3, 0, 5][: size()], step_around_torch_distributed)
+
+
+def test_unsynchronised_layers_differ_from_the_whole_batch():
+    assert_control("group", [3] * size(), torch_step)
 
 
 def test_a_layer_on_another_communicator_would_not_go_around():
-    raised = False
-    with torch_distributed_refuses():
-        try:
-            layer_step(_Communicator())
-        except TypeError as error:
-            raised = "'NoneType' object is not callable" in str(error)
-    assert raised
-    dist.barrier()
+    with pytest.raises(RankFailedError, match="'NoneType' object is not callable"):
+        assert_parity("group", [3, 0, 5][: size()], step_on_another_communicator)
 
 
 class _Communicator(TorchCommunicator):

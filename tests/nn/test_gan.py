@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from support.ranks import run_ranks
 from support.regions import Counting
+from support.tolerances import TRAINING, UNSYNCHRONISED, difference
 from torch import nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
@@ -12,8 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 import syncbn
 from syncbn.nn import differentiable
 
-# Three steps of derivatives of derivatives, some fifty operations deep, of relative error 2^-53 * sqrt(100 terms).
-ROUNDING = 1e-12
 STEPS = 3
 
 
@@ -115,17 +114,13 @@ def results():
     return run_ranks(_train, 2, "gloo")
 
 
-def difference(state, expected):
-    return max(((state[k] - v).abs().max() / v.abs().max().clamp(min=1e-3)).item() for k, v in expected.items())
-
-
 @pytest.mark.parametrize("name", TRAININGS)
 def test_trap_38_training_by_second_derivatives_equals_one_process(results, name):
     expected = TRAININGS[name](None)
     for result in results:
         state, unsynchronised = result[name]
-        assert difference(state, expected) < ROUNDING
-        assert difference(unsynchronised, expected) > 1e-3
+        assert difference(state, expected) < TRAINING
+        assert difference(unsynchronised, expected) > UNSYNCHRONISED
 
 
 @pytest.mark.parametrize("act", ["none", "silu"])

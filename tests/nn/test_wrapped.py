@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.ranks import run_ranks
 from support.regions import CONTEXTS, PLAIN, REENTRANT, SELECTIVE, Counting, Net, both, halves, nested, whole
+from support.tolerances import TRAINING, difference
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.distributed.device_mesh import init_device_mesh
@@ -19,8 +20,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from syncbn.comm import LocalCommunicator, as_communicator
 
 STEPS = 3
-# Three steps, each some ten operations deep, of relative error 2^-53 * sqrt(1000 terms), and a margin of 10.
-ROUNDING = 3e-12
 
 
 def images(step, rank=None):
@@ -55,11 +54,6 @@ def state_of(model):
 
 def alone(micro=1):
     return train(net(LocalCommunicator()), micro=micro)
-
-
-def difference(state, expected):
-    """The largest difference of a tensor, relative to its largest element."""
-    return max(((state[k] - v).abs().max() / v.abs().max().clamp(min=1e-3)).item() for k, v in expected.items())
 
 
 def ddp(rank, run=both, micro=1, hook=None, **options):
@@ -229,7 +223,7 @@ def results():
 def test_two_ranks_equal_one_process(results, name):
     for result in results:
         assert isinstance(result[name], float), result[name]
-        assert result[name] < ROUNDING
+        assert result[name] < TRAINING
 
 
 @pytest.mark.parametrize("name", ROUGH)

@@ -1,6 +1,7 @@
 """Batch normalisation of a whole batch in two passes, and how far from it a correct result may be.
 
-Independent of syncbn: all parity tests compare with this.
+All parity tests compare with this. The results are independent of syncbn; the bounds are those of `syncbn check`,
+for a smaller error of sums.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
-ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
-SMALLEST = {"float64": 0.0, "float32": 0.0, "bfloat16": 0.0, "float16": 2.0**-24}  # where results come near it
+from syncbn.cli.check.tolerance import ErrorBounds
 
 
 @dataclass
@@ -42,85 +43,58 @@ def batch_norm(
     Running statistics start at mean 0 and variance 1.
 
     Returns:
-        The truth, and the greatest permitted distance from it for inputs of that dtype. The distance follows from
-        the arithmetic in which a result is computed: with u the roundoff of the accumulate dtype (float64 for
-        float64, else float32) and a = 2^-53 * (16 + sqrt(N)) that of float64 sums of N terms, mean is rounded by u
-        |mean|, a variance taken as E[x^2] - mean^2 is off by a (var + mean^2) (float64 input: a var, for there it is
-        centred), and the rest is propagated to first order; each further operation adds u of its result. Results in a
-        narrower dtype add its roundoff, or half of its smallest number.
+        The truth, and the greatest permitted distance from it for inputs of that dtype, which is derived in
+        syncbn/cli/check/tolerance.py. Sums of N terms may be off by 2^-53 (5 + sqrt(N) / 3) of the sum of their sizes.
+        The roundings of a running sum of N like terms, each within 2^-53 of the sum so far, are a random walk, whose
+        end has a standard deviation below 2^-53 sqrt(N) / 3. Kernels keep four running sums or more, which halves it,
+        so that this is two standard deviations at least; 5 covers the operations on terms and those on the sums.
     """
-
-    def store_off(v: Any) -> Any:
-        return np.maximum(ROUNDOFF[dtype] * abs(v), SMALLEST[dtype] / 2)
-
-    u, a_of = (2.0**-53 if dtype == "float64" else 2.0**-24), lambda n: 2.0**-53 * (16 + np.sqrt(n))
     flat_x = [_elements(x) for x in xs]
     flat_dy = [_elements(dy) for dy in dys]
     x, dy = np.concatenate(flat_x), np.concatenate(flat_dy)
-    n, a = len(x), a_of(len(x))
+    n, c = x.shape
     mean = x.mean(0)
     mean = mean + (x - mean).mean(0)  # takes the rounding of the first mean out
-    xmu = x - mean
-    var = (xmu * xmu).mean(0)
+    var = ((x - mean) ** 2).mean(0)
     invstd = 1 / np.sqrt(var + eps)
-    xhat, k = xmu * invstd, weight * invstd
-    mean_dy, mean_dyx = dy.mean(0), (dy * xhat).mean(0)
-
-    mean_off = u * abs(mean) + a * abs(x).mean(0)
-    var_off = a * (var if dtype == "float64" else var + mean**2) + mean_off**2
-    k_off = abs(k) * (3 * u + 0.5 * var_off / (var + eps))
-    dyx_off = mean_off * invstd * abs(mean_dy) + (3 * u + a) * abs(dy * xhat).mean(0) + abs(mean_dyx) * k_off / abs(k)
-
-    def y_of(v: Any) -> Any:
-        return (v - mean) * k + bias
-
-    def y_off(v: Any) -> Any:
-        scaled = abs((v - mean) * k)
-        return (
-            abs(k) * mean_off + scaled * (2 * u + k_off / abs(k)) + u * (abs(bias) + abs(y_of(v))) + store_off(y_of(v))
-        )
-
-    def dx_of(v: Any, g: Any) -> Any:
-        return k * (g - mean_dy - (v - mean) * invstd * mean_dyx)
-
-    def dx_off(v: Any, g: Any) -> Any:
-        normed = (v - mean) * invstd
-        terms = abs(g) + abs(mean_dy) + abs(normed * mean_dyx)
-        correction = mean_off * invstd * abs(mean_dyx) + abs(normed) * dyx_off
-        off = abs(k) * (correction + (6 * u + a) * terms) + k_off * terms
-        return off + store_off(dx_of(v, g))
+    k = weight * invstd
+    mean_dy, mean_dyx = dy.mean(0), (dy * (x - mean) * invstd).mean(0)
 
     def by_part(function: Any) -> list[Any]:
         return [_shaped(function(v, g), x) for v, g, x in zip(flat_x, flat_dy, xs, strict=True)]
 
-    grad_weight = [(g * (v - mean) * invstd).sum(0) for v, g in zip(flat_x, flat_dy, strict=True)]
-    grad_weight_off = [
-        mean_off * invstd * abs(g.sum(0))
-        + (a + 3 * u + 0.5 * var_off / (var + eps)) * abs(g * (v - mean) * invstd).sum(0)
-        for v, g in zip(flat_x, flat_dy, strict=True)
-    ]
     unbiased = n / max(n - 1, 1)
     truth = Results(
         mean=mean,
         var=var,
-        y=by_part(lambda v, g: y_of(v)),
-        dx=by_part(dx_of),
-        grad_weight=grad_weight,
+        y=by_part(lambda v, g: (v - mean) * k + bias),
+        dx=by_part(lambda v, g: k * (g - mean_dy - (v - mean) * invstd * mean_dyx)),
+        grad_weight=[(g * (v - mean) * invstd).sum(0) for v, g in zip(flat_x, flat_dy, strict=True)],
         grad_bias=[g.sum(0) for g in flat_dy],
         running_mean=momentum * mean,
         running_var=(1 - momentum) + momentum * var * unbiased,
     )
+    sums = 2.0**-53 * (5 + np.sqrt(n) / 3)
+    vectors = (torch.full((c,), 1.0, dtype=torch.float64) * torch.as_tensor(v) for v in (weight, bias))
+    of = ErrorBounds(_for_bounds(x.T[None]), _for_bounds(dy.T[None]), *vectors, eps, getattr(torch, dtype), sums)
+    parts = [(_for_bounds(v), _for_bounds(g)) for v, g in zip(xs, dys, strict=True)]
     allowed = Results(
-        mean=mean_off,
-        var=var_off,
-        y=by_part(lambda v, g: y_off(v)),
-        dx=by_part(dx_off),
-        grad_weight=grad_weight_off,
-        grad_bias=[(a + u) * abs(g).sum(0) for g in flat_dy],
-        running_mean=momentum * mean_off + 2 * u * abs(truth.running_mean),
-        running_var=momentum * var_off * unbiased + 2 * u * truth.running_var,
+        mean=of.mean.numpy(),
+        var=of.var.numpy(),
+        y=[of.y(v, _for_bounds(y)).numpy().reshape(y.shape) for (v, _), y in zip(parts, truth.y, strict=True)],
+        dx=[of.dx(*part, _for_bounds(dx)).numpy().reshape(dx.shape) for part, dx in zip(parts, truth.dx, strict=True)],
+        grad_weight=[of.grad_weight(*part).numpy() for part in parts],
+        grad_bias=[of.grad_bias(g).numpy() for _, g in parts],
+        running_mean=of.running_mean(momentum, torch.zeros(c), torch.from_numpy(truth.running_mean)).numpy(),
+        running_var=of.running_var(momentum, torch.ones(c), torch.from_numpy(truth.running_var)).numpy(),
     )
     return truth, allowed
+
+
+def _for_bounds(v: Any) -> torch.Tensor:
+    """(N, C, ...) ndarray -> (n, c, s) float64 tensor."""
+    v = np.array(v, np.float64)
+    return torch.from_numpy(v.reshape(*v.shape[:2], int(np.prod(v.shape[2:]))))
 
 
 def _elements(x: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Runs one function on several ranks: as threads of this process, as processes over Gloo, or on those of mpirun.
+"""Runs one function on several ranks: as threads, as processes over Gloo, or on those that this process is one of.
 
     run_ranks(fn, 3, "thread", *args)  ->  [fn(rank, group, *args) for each rank], all running at once
 
@@ -64,9 +64,10 @@ def run_ranks(fn: Callable[..., Any], world_size: int, launcher: str, *args: Any
     Args:
         fn: for "gloo" a function that pickle finds by its name, with picklable arguments and result.
         world_size: the number of ranks.
-        launcher: "thread", "gloo", or "mpi" within tests/mpi, where all ranks of mpirun call, and get the same.
+        launcher: "thread" or "gloo"; or, where all ranks of mpirun call, and get the same, "mpi" within tests/mpi, with
+            MPI.COMM_WORLD as group, or "group" within tests/mpi_backend, with torch.distributed's default group.
         args: passed on.
-        timeout: seconds after which ranks that have not answered count as hung; over MPI pytest's ends all.
+        timeout: seconds after which ranks that have not answered count as hung; under mpirun pytest's ends all.
 
     Raises:
         RankFailedError: naming the ranks, with their tracebacks.
@@ -183,4 +184,11 @@ def _run_mpi(fn: Callable[..., Any], world_size: int, args: tuple[Any, ...], tim
     return world.allgather(_attempt(fn, world.Get_rank(), world, *args))
 
 
-_LAUNCHERS = {"thread": _run_threads, "gloo": _run_gloo, "mpi": _run_mpi}
+def _run_group(fn: Callable[..., Any], world_size: int, args: tuple[Any, ...], timeout: float) -> list[Any]:
+    assert dist.get_world_size() == world_size
+    outcomes: list[Any] = [None] * world_size
+    dist.all_gather_object(outcomes, _attempt(fn, dist.get_rank(), dist.group.WORLD, *args))
+    return outcomes
+
+
+_LAUNCHERS = {"thread": _run_threads, "gloo": _run_gloo, "mpi": _run_mpi, "group": _run_group}

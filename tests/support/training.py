@@ -1,10 +1,11 @@
-"""Ten training steps of a small model on some ranks, and how far they may be from those of one process."""
+"""Ten training steps of a small model on some ranks."""
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
+from support.tolerances import difference
 
 
 def _model():
@@ -49,13 +50,6 @@ def train(rank, group, sizes, convert, scale, sync_group=None):
     return {name: value.double() for name, value in state.items()}
 
 
-def difference(states, whole):
-    """The largest difference of a tensor from the one-process run's, relative to that tensor's largest element."""
-    return max(
-        ((s[k] - v).abs().max() / v.abs().max().clamp(min=1e-3)).item() for s in states for k, v in whole.items()
-    )
-
-
-# Ten steps, each some ten operations deep, of relative error 2^-53 * sqrt(1000 terms): 10 * 10 * 3.5e-15, and a
-# margin of 3.
-ROUNDING = 1e-12
+def largest_difference(states, whole):
+    """The largest difference of a rank's state from the one-process run's."""
+    return max(difference(state, whole) for state in states)

@@ -1,0 +1,18 @@
+"""How far results may be from the truth, where one bound serves all elements. Those of parity are in oracle.py."""
+
+# Element-wise results of order 1 in float32 from six operations; sums in float64 of at most 500 terms of order 1.
+ELEMENT = {"rtol": 8 * 2.0**-24, "atol": 8 * 2.0**-24}
+SUM = {"rtol": 1e-13, "atol": 1e-13}
+
+# Training in float64, of up to ten steps, each some ten operations deep, of relative error 2^-53 sqrt(1000 terms): that
+# is 3.5e-13, and a margin of 3. For `difference`.
+TRAINING = 1e-12
+# That of layers that are not synchronised must be beyond this.
+UNSYNCHRONISED = 1e-3
+
+
+def difference(state, whole):
+    """The largest difference of a tensor from another run's, relative to that tensor's largest element."""
+    assert state.keys() == whole.keys()
+    pairs = [(state[name].double(), value.double()) for name, value in whole.items()]
+    return max(((got - value).abs().max() / value.abs().max().clamp(min=1e-3)).item() for got, value in pairs)
