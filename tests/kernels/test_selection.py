@@ -120,10 +120,10 @@ def test_an_unknown_name_is_an_error_that_lists_the_known(monkeypatch):
     monkeypatch.setattr(selection, "_FORCED", "CPU")
     for call in (lambda: select(torch.ones(1)), forced):
         with pytest.raises(
-            ValueError, match="SYNCBN_KERNELS to be one of cpu, reference, aten; got 'CPU': set it to one"
+            ValueError, match="SYNCBN_KERNELS to be one of cpu, reference, gpu, aten; got 'CPU': set it to one"
         ):
             call()
-    assert len(available()) == 3
+    assert len(available()) == 4
 
 
 def test_nothing_is_forced_by_default():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # Elements that a thread loads at once from each array: one or two vectors of 16 bytes.
 _PER_THREAD = {"sum": 8, "map": 16}
@@ -46,10 +46,13 @@ class Blocks(NamedTuple):
     shape: tuple[int, bool, int, int]
     added: int
 
-    @property
-    def launch(self) -> tuple[tuple[int, int], int, int]:
-        """The first arguments of a launch: grid, warps and registers."""
-        return self[:3]
+    def options(self, is_hip: bool) -> dict[str, Any]:
+        """Returns what the compiler is told.
+
+        a * b + c is not contracted into one operation, which would round otherwise than the other kernels.
+        """
+        options: dict[str, Any] = {"num_warps": self.warps, "enable_fp_fusion": False}
+        return options if is_hip else options | {"maxnreg": self.registers}
 
 
 @lru_cache(maxsize=4096)
@@ -63,7 +66,7 @@ def blocks_of(n: int, c: int, s: int, itemsize: int, device: Device, kind: str) 
     """
     last = s == 1
     width = c if last else s
-    per_thread = _PER_THREAD[kind]
+    per_thread = min(_PER_THREAD[kind], 64 // itemsize)  # of float64 more do not fit the registers
     most = _THREADS * per_thread
     cols = min(_power_above(c), _MAX_COLS) if last else _columns(s, most)
     rows = max(1, min(most // cols, _power_above(n)))

@@ -33,7 +33,7 @@ def stats(x: Tensor, center: Tensor | None, mask: Tensor | None = None) -> Tenso
     moments = torch.empty(2 * c + 1, dtype=torch.float64, device=x.device)
     arrays = x, center, moments, *_scratch(x, blocks)
     constants = *blocks.shape, blocks.added, _is_error_free(x)
-    _STATS.launch(x.device, *blocks.launch, arrays, blocks.geometry, constants)
+    _STATS.launch(x.device, blocks, arrays, blocks.geometry, constants)
     return moments
 
 
@@ -65,7 +65,7 @@ def normalise(
     numbers = *blocks.geometry, eps, momentum, slope, weight_floor(x.dtype)
     constants = activation, epilogue.in_place, *blocks.shape
     counter = _scratch(x, blocks)[1]
-    _NORMALISE.launch(x.device, *blocks.launch, (*arrays, counter), numbers, constants)
+    _NORMALISE.launch(x.device, blocks, (*arrays, counter), numbers, constants)
     for buffer, written in zip((running.mean, running.var), buffers, strict=True):
         if buffer is not written and buffer is not None:
             buffer.copy_(written)  # of a buffer with gaps
@@ -95,7 +95,7 @@ def backward_reduce(
     activation, slope, steep = _epilogue(epilogue)
     numbers = *blocks.geometry, slope, steep, weight_floor(x.dtype)
     constants = activation, epilogue.in_place, *blocks.shape, blocks.added, _is_error_free(x)
-    _BACKWARD_REDUCE.launch(x.device, *blocks.launch, arrays, numbers, constants)
+    _BACKWARD_REDUCE.launch(x.device, blocks, arrays, numbers, constants)
     return found
 
 
@@ -118,7 +118,7 @@ def backward_elemt(
     activation, slope, steep = _epilogue(epilogue)
     numbers = *blocks.geometry, slope, steep, weight_floor(x.dtype)
     constants = activation, epilogue.in_place, *blocks.shape
-    _BACKWARD_ELEMT.launch(x.device, *blocks.launch, arrays, numbers, constants)
+    _BACKWARD_ELEMT.launch(x.device, blocks, arrays, numbers, constants)
 
 
 def _dense(v: Any, layout: Layout) -> Any:

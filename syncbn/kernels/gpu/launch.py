@@ -10,6 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
+from .blocks import Blocks
+
 _INTERPRETED = triton.knobs.runtime.interpret
 _interpreter = threading.Lock()  # it is one for all threads
 
@@ -17,7 +19,8 @@ _interpreter = threading.Lock()  # it is one for all threads
 class Kernel:
     """A Triton function, with what has been compiled of it.
 
-    The variant is the key: dtypes and alignments of the arrays, the constants, warps and the device. Triton's own way
+    The variant is the key: dtypes and alignments of the arrays, the constants, what the compiler is told, and the
+    device. Triton's own way
     of finding it takes 11 to 20 us a launch, this one 2 to 4.
     """
 
@@ -28,9 +31,7 @@ class Kernel:
     def launch(
         self,
         device: torch.device,
-        grid: tuple[int, int],
-        warps: int,
-        registers: int,
+        blocks: Blocks,
         arrays: tuple[Tensor | None, ...],
         numbers: tuple[float, ...],
         constants: tuple[Any, ...],
@@ -40,7 +41,7 @@ class Kernel:
         Args:
             arrays, numbers, constants: the function's arguments, in this order.
         """
-        arguments = *arrays, *numbers, *constants
+        grid, arguments = blocks.grid, (*arrays, *numbers, *constants)
         if _INTERPRETED:
             with _interpreter, np.errstate(all="ignore"):  # GPUs make inf and NaN without a word
                 self.function[grid](*arguments)
@@ -48,25 +49,16 @@ class Kernel:
         index = device.index
         if index != torch.cuda.current_device():
             with torch.cuda.device(index):
-                self.launch(device, grid, warps, registers, arrays, numbers, constants)
+                self.launch(device, blocks, arrays, numbers, constants)
             return
         variants = [None if v is None else (v.dtype, v.data_ptr() % 16) for v in arrays]
-        key = index, warps, constants, *variants
+        key = index, blocks.warps, blocks.registers, constants, *variants
         kernel = self.compiled.get(key)
         if kernel is None:
-            self.compiled[key] = self.function[grid](*arguments, **options(warps, registers, bool(torch.version.hip)))
+            self.compiled[key] = self.function[grid](*arguments, **blocks.options(bool(torch.version.hip)))
             return
         stream = torch._C._cuda_getCurrentRawStream(index)
         kernel.run(*grid, 1, stream, kernel.function, kernel.packed_metadata, None, None, None, *arguments)
-
-
-def options(warps: int, registers: int, is_hip: bool) -> dict[str, Any]:
-    """Returns what the compiler is told, see Blocks.
-
-    a * b + c is not contracted into one operation, which would round otherwise than the other kernels.
-    """
-    options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": False}
-    return options if is_hip else options | {"maxnreg": registers}
 
 
 class Scratch(NamedTuple):

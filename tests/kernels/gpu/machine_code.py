@@ -32,7 +32,6 @@ from syncbn.kernels import Epilogue
 from syncbn.kernels.epilogue import ACTIVATIONS
 from syncbn.kernels.gpu import elementwise, sums
 from syncbn.kernels.gpu.blocks import Device, blocks_of
-from syncbn.kernels.gpu.launch import options
 
 TABLE = Path(__file__).with_name("machine_code.jsonl")
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -72,7 +71,7 @@ WARP, ISSUED = 32, 4  # threads; instructions of warps in a clock
 def sources_hash() -> str:
     """Of what the machine code is made of."""
     files = sorted(Path(package.__file__).parent.glob("*.py"))
-    text = "".join(f.read_text() for f in files if f.stem in ("arithmetic", "sums", "elementwise", "blocks", "launch"))
+    text = "".join(f.read_text() for f in files if f.stem in ("arithmetic", "sums", "elementwise", "blocks"))
     return hashlib.sha256(f"{triton.__version__}{text}".encode()).hexdigest()[:16]
 
 
@@ -115,8 +114,7 @@ def compiled(target: str, dtype: str, kernel: str, shape: str, epilogue: str):
     signature = {n: "constexpr" if n in constants else types[n] for n in names}
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, t in signature.items() if t.startswith("*")}
     source = ASTSource(function, signature, {(names.index(n),): v for n, v in constants.items()}, aligned)
-    told = options(blocks.warps, blocks.registers, is_hip=target.startswith("gfx"))
-    return triton.compile(source, target=TARGETS[target], options=told)
+    return triton.compile(source, target=TARGETS[target], options=blocks.options(is_hip=target.startswith("gfx")))
 
 
 def line(target: str, dtype: str, kernel: str, shape: str, epilogue: str) -> dict:

@@ -133,13 +133,15 @@ def test_offsets_beyond_32_bits(kernels, shape, monkeypatch):
     parts = -(-tiles // 50)
     builder = interpreter.interpreter_builder
     index = builder.set_grid_idx
-    size = builder.set_grid_dim
-    monkeypatch.setattr(builder, "set_grid_dim", lambda a, b, d: size(blocks.grid[0], parts, d))
-    monkeypatch.setattr(builder, "set_grid_idx", lambda a, b, d: index(blocks.grid[0] - 1, parts - 1, d))
+    size, grid = builder.set_grid_dim, blocks.grid[0]
+    monkeypatch.setattr(builder, "set_grid_dim", lambda a, b, d: size(grid, parts, d))
+    monkeypatch.setattr(builder, "set_grid_idx", lambda a, b, d: index(grid - 1, parts - 1, d))
     partial, counter = torch.zeros(parts, 2, c, dtype=torch.float64), torch.zeros(c, dtype=torch.int32)
     constants = *blocks.shape, blocks.added, kernels.error_free
     arrays = x, None, torch.zeros(2 * c + 1, dtype=torch.float64), partial.view(-1), counter
-    calls._STATS.launch(x.device, (1, 1), 1, 0, arrays, (*geometry, tiles, in_row, 50, parts), constants)
+    calls._STATS.launch(
+        x.device, blocks._replace(grid=(1, 1)), arrays, (*geometry, tiles, in_row, 50, parts), constants
+    )
     channels = range(c) if s == 1 else [1]
     assert [partial[-1, :, i].tolist() for i in channels] == [[140.0, 280.0] for _ in channels]
 

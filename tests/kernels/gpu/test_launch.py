@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from syncbn.kernels.gpu.blocks import Device, blocks_of
+
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
     pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler"),
@@ -73,24 +75,28 @@ def kernel(launch, monkeypatch):
 GPU = torch.device("cuda", 0)
 
 
+def blocks(warps, registers):
+    return blocks_of(5, 3, 7, 2, Device(3, 32), "sum")._replace(warps=warps, registers=registers)
+
+
 def test_each_variant_is_compiled_once(kernel):
     """A variant is a dtype, an alignment, a constant, warps or registers; sizes are none."""
     x = torch.zeros(9, dtype=torch.float16)
     calls = [
-        (GPU, (1, 2), 4, 128, (x, None), (5, 0.5), (True,)),
-        (GPU, (1, 2), 4, 128, (x[1:], None), (5, 0.5), (True,)),
-        (GPU, (1, 2), 4, 128, (x.float(), None), (5, 0.5), (True,)),
-        (GPU, (1, 2), 4, 128, (x, x), (5, 0.5), (True,)),
-        (GPU, (1, 2), 4, 128, (x, None), (5, 0.5), (False,)),
-        (GPU, (1, 2), 8, 128, (x, None), (5, 0.5), (True,)),
-        (GPU, (1, 2), 4, 168, (x, None), (5, 0.5), (True,)),
+        (GPU, blocks(4, 128), (x, None), (5, 0.5), (True,)),
+        (GPU, blocks(4, 128), (x[1:], None), (5, 0.5), (True,)),
+        (GPU, blocks(4, 128), (x.float(), None), (5, 0.5), (True,)),
+        (GPU, blocks(4, 128), (x, x), (5, 0.5), (True,)),
+        (GPU, blocks(4, 128), (x, None), (5, 0.5), (False,)),
+        (GPU, blocks(8, 128), (x, None), (5, 0.5), (True,)),
+        (GPU, blocks(4, 168), (x, None), (5, 0.5), (True,)),
     ]
     for call in calls:
         kernel.launch(*call)
     assert len(kernel.function.compiled) == len(calls)
     assert kernel.function.run_with == []
     assert kernel.function.compiled[0][2]["enable_fp_fusion"] is False
-    kernel.launch(GPU, (3, 4), 4, 128, (x, None), (6, 0.25), (True,))
+    kernel.launch(GPU, blocks(4, 128)._replace(grid=(3, 4)), (x, None), (6, 0.25), (True,))
     assert len(kernel.function.compiled) == len(calls)
     assert kernel.function.run_with == [(3, 4, 1, 70, "function", "metadata", None, None, None, x, None, 6, 0.25, True)]
 
@@ -113,7 +119,7 @@ def test_a_tensor_of_another_device_is_worked_on_there(kernel, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", Guard)
     x = torch.zeros(8)
     for _ in range(2):
-        kernel.launch(torch.device("cuda", 1), (1, 1), 4, 128, (x,), (), ())
+        kernel.launch(torch.device("cuda", 1), blocks(4, 128), (x,), (), ())
     assert current == [0]
     assert [arguments[3] for arguments in kernel.function.run_with] == [71]
 
