@@ -55,6 +55,12 @@ def test_the_host_never_waits_for_the_device(kind, way):
         assert (found.waits, found.uploads) == ({}, [])
 
 
+def test_the_count_of_all_ranks_goes_to_the_host_and_nothing_else_does(way):
+    step = step_costs(SHAPE, way=way)
+    assert (step.forward.downloads, step.backward.downloads) == (1, 0)
+    assert step_costs(SHAPE, world_size=1, way=way).forward.downloads == 0  # known
+
+
 def tiles(shape, itemsize):
     elements = torch.Size(shape).numel()
     return -(-elements * itemsize // aten._TILE_BYTES_ACCELERATOR)

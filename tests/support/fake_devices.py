@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+import unittest.mock
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from syncbn import deferred
 
 # Numbers of c10::DeviceType.
 _CUDA, _META = 1, 14
@@ -168,11 +171,33 @@ def fake_cuda() -> Iterator[None]:
     guards = (ctypes.c_void_p * (_META + 1)).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
     before = guards[_CUDA]
     guards[_CUDA] = before or guards[_META]
+    before_deferred = dict(deferred.devices)
+    deferred.devices.clear()
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with (
+            unittest.mock.patch.object(deferred, "_module_of", return_value=_Module),
+            FakeTensorMode(allow_non_fake_inputs=True),
+        ):
             yield
     finally:
         guards[_CUDA] = before
+        deferred.devices.clear()
+        deferred.devices.update(before_deferred)
+
+
+class _Module:
+    """In place of torch.cuda, whose events a build without CUDA has not: nothing that was asked for ever arrives."""
+
+    class Event:
+        def record(self, stream: Any) -> None:
+            """Nothing."""
+
+        def query(self) -> bool:
+            return False
+
+    @staticmethod
+    def current_stream(device: Any) -> None:
+        """Nothing."""
 
 
 @contextlib.contextmanager
