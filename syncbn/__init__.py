@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from . import comm as comm
     from . import functional as functional
     from . import numpy as numpy
+    from .deferred import synchronize_errors as synchronize_errors
     from .nn import SyncBatchNorm as SyncBatchNorm
     from .nn import SyncBatchNormAct as SyncBatchNormAct
     from .nn import checkpoint_contexts as checkpoint_contexts
@@ -36,14 +37,16 @@ __all__ = [
     "numpy",
     "revert_sync_batchnorm",
     "scale_loss",
+    "synchronize_errors",
 ]
+_ROOMS = {"World": ".world", "init_process_group": ".world", "synchronize_errors": ".deferred"}  # others: .nn
 
 
 def __getattr__(name: str) -> Any:
     if name in ("comm", "functional", "numpy"):
         return importlib.import_module(f".{name}", __name__)
     if name in __all__:
-        room = ".world" if name in ("World", "init_process_group") else ".nn"
+        room = _ROOMS.get(name, ".nn")
         return getattr(importlib.import_module(room, __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

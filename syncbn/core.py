@@ -13,9 +13,10 @@ always send the same messages.
 from __future__ import annotations
 
 import math
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any, NamedTuple, NoReturn
 
-from . import environment
+from . import deferred, environment
 from .comm.labels import Label
 from .kernels import PLAIN, Epilogue, is_refused
 from .kernels import Running as Running
@@ -39,6 +40,8 @@ def reduce(x: Any, kernels: Any, comm: Any, mask: Any = None, label: Label | Non
 
     Collective, Raises: as forward, but for a count of 1.
     """
+    if deferred.devices:
+        deferred.look(x.device)
     moments = kernels.stats(x, None, mask)
     is_float64 = x.dtype.itemsize == 8
     if is_float64:
@@ -46,7 +49,10 @@ def reduce(x: Any, kernels: Any, comm: Any, mask: Any = None, label: Label | Non
     _all_reduce(moments, label, comm)
     if not is_float64:
         return moments, None
-    check_count(float(moments[-1]) if getattr(moments, "is_cpu", True) else None, comm, is_float64=True)
+    if getattr(moments, "is_cpu", True):
+        check_count(float(moments[-1]), comm, is_float64=True)
+    else:
+        _check_later(moments, comm, is_float64=True)
     # Squares of float64 are not exact in float64, so var = E[x^2] - mean^2 would cancel: take them about the mean.
     count = moments[-1] - _FLOAT64_MARK * comm.world_size
     center = moments[: x.shape[1]] / (count + (count == 0))
@@ -72,7 +78,12 @@ def normalise(
 ) -> Any:
     """Normalises x by moments of all ranks, as reduce returned them: the second half of forward; sends nothing."""
     count = kernels.normalise(x, moments, center, running, eps, weight, bias, y, epilogue, residual, mask)
-    check_count(count, comm)
+    if count is not None:
+        check_count(count, comm)
+    elif comm.world_size == 1:
+        check_count(float(math.prod(x.shape) // x.shape[1]), comm)
+    else:
+        _check_later(moments, comm)
     return moments
 
 
@@ -115,9 +126,14 @@ def forward(
         all_reduce of 2c + 1 float64; float64 input sends a second of the same size. Every rank must call.
 
     Raises:
-        ValueError: one element a channel over all ranks, on every rank (on accelerators, where reading the count
-            would stall the device, y is then `bias`). Nothing is written to y, nor to the running statistics.
+        ValueError: one element a channel over all ranks, on every rank. Nothing is written to y, nor to the running
+            statistics.
         RuntimeError: another rank refused its input, or float64 input on some ranks only. As ValueError.
+
+        On accelerators reading the count would stall the device. There the running statistics stay as they are, y is
+        NaN where another rank refused its input, and activation(bias + residual) for one element a channel; and the
+        same error is raised by a later call of forward or backward on the device, or by deferred.synchronize_errors.
+        It is never raised for calls that were captured in a graph. In a world of one it is raised at once.
     """
     moments, center = reduce(x, kernels, comm, mask, label)
     return normalise(x, y, weight, bias, running, eps, kernels, comm, moments, center, epilogue, residual, mask)
@@ -140,6 +156,8 @@ def backward_reduce(
     label: Label | None = None,
 ) -> Any:
     """Sums over all ranks what the gradient of x needs: the first half of backward. Returns its (2c,) float64."""
+    if deferred.devices:
+        deferred.look(x.device)
     sums = kernels.backward_reduce(dy, x, statistics, weight, bias, grad_weight, grad_bias, epilogue, gate, g, mask)
     _all_reduce(sums, label, comm)
     return sums
@@ -215,7 +233,8 @@ def eval_backward(
 def refuse(error: Exception, message: Any, comm: Any, label: Label | None = None) -> NoReturn:
     """Raises an error that this rank alone may have, after telling the others that it will not send its statistics.
 
-    Forward's check of the count then raises on them too; backward, which sends no count, gives them gradients of NaN.
+    Forward's check of the count then raises on them too, on accelerators at a later call; backward, which sends no
+    count, gives them gradients of NaN.
 
     Args:
         error: what is raised; that of a wrong argument says which rank it is.
@@ -247,15 +266,28 @@ def _all_reduce(buffer: Any, label: Label | None, comm: Any) -> None:
         comm.all_reduce(buffer, label)
 
 
-def check_count(count: float | None, comm: Any, is_float64: bool = False) -> None:
+class _Ranks(NamedTuple):
+    """What is needed of a communicator for a message, without the group."""
+
+    rank: int
+    world_size: int
+
+
+def _check_later(moments: Any, comm: Any, is_float64: bool = False) -> None:
+    """Lets deferred check the count of moments of all ranks, (2c + 1,), on an accelerator."""
+    ranks = _Ranks(comm.rank, comm.world_size)
+    deferred.watch(moments[-1:], partial(check_count, comm=ranks, is_float64=is_float64))
+
+
+def check_count(count: float, comm: Any, is_float64: bool = False) -> None:
     """Raises, on all ranks alike, the error that a message's count tells of.
 
     Args:
-        count: the sum of the ranks' counts, or None where reading it would stall the device.
+        count: the sum of the ranks' counts.
         comm: the communicator.
         is_float64: whether it is that of the first message of float64 input, with marks.
     """
-    if count is None or not (is_float64 or is_refused(count)):
+    if not (is_float64 or is_refused(count)):
         return
     marks, elements = math.modf(count)
     if elements != elements:

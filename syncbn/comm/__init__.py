@@ -4,6 +4,7 @@
 |---------------|---------------------------------------------------------|
 | local         | nothing: a world of one                                 |
 | torch         | any torch.distributed ProcessGroup                      |
+| own           | ... of which one that only layers use, by name          |
 | shared_memory | memory that the ranks of a Gloo group on one host share |
 | mpi           | an mpi4py communicator                                  |
 """
@@ -56,7 +57,9 @@ def as_communicator(group: Any, argument: str = "process_group") -> Communicator
 
     Args:
         group: None (torch.distributed's default group if initialised, else this process alone), a ProcessGroup, a
-            one-dimensional DeviceMesh, an mpi4py communicator, or a Communicator.
+            one-dimensional DeviceMesh, an mpi4py communicator, a Communicator, or "own" or "own:SIZE" for a group of
+            torch.distributed's that only layers send over (see own_group; while torch.distributed is not initialised,
+            this process alone).
         argument: the argument's name, for the error message.
 
     Raises:
@@ -74,9 +77,14 @@ def as_communicator(group: Any, argument: str = "process_group") -> Communicator
     if isinstance(group, Communicator) and not isinstance(group, type):
         return group
     raise TypeError(
-        f"expected {argument} to be None, a ProcessGroup, a one-dimensional DeviceMesh, an mpi4py communicator or a "
-        f"Communicator; got {type(group).__name__}: see syncbn.comm.Communicator for what one of your own must have"
+        f"expected {argument} to be None, a ProcessGroup, a one-dimensional DeviceMesh, an mpi4py communicator, a "
+        f'Communicator, or with torch.distributed "own" or "own:SIZE"; got {_kind(group)}: see '
+        "syncbn.comm.Communicator for what one of your own must have"
     )
+
+
+def _kind(group: Any) -> str:
+    return repr(group) if isinstance(group, str) else type(group).__name__
 
 
 def shared_memory_of(comm: Communicator) -> Any:
@@ -106,7 +114,7 @@ class Group(Protocol):
 
 
 class GroupHandle:
-    """Holds a layer's group. Copies share the group; pickles drop it, for it holds open connections.
+    """Holds a layer's group. Copies share the group; pickles drop it, for it holds open connections, but keep names.
 
     Args:
         group: any argument of as_communicator; as_communicator checks it at the first use.
@@ -117,16 +125,20 @@ class GroupHandle:
 
     def __init__(self, group: Any) -> None:
         self.group = group
-        self.name = "" if group is None else f"group-{next(_numbers)}"
         self._communicator: Communicator | None = None
-        if group is not None:
+        if isinstance(group, str):
+            self.name = group
+        else:
+            self.name = "" if group is None else f"group-{next(_numbers)}"
+        if self.name and not isinstance(group, str):
             _handles[self.name] = self
 
     def communicator(self, argument: str = "process_group") -> Communicator:
-        """Returns as_communicator(group, argument), cached unless the group is None."""
-        if self.group is None:
+        """Returns as_communicator(group, argument), cached unless the group depends on what is initialised."""
+        if self.group is None or isinstance(self.group, str):
             of_torch = _functions.get("torch.distributed")  # the shortest way, for every call of a layer comes here
-            return as_communicator(None) if of_torch is None else of_torch(None) or LocalCommunicator()
+            found = None if of_torch is None else of_torch(self.group)
+            return found or as_communicator(self.group, argument)
         if self._communicator is None:
             self._communicator = as_communicator(self.group, argument)
         return self._communicator
@@ -135,7 +147,7 @@ class GroupHandle:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return GroupHandle, (None if self.group is None else _UnpickledGroup(),)
+        return GroupHandle, (self.group if self.group is None or isinstance(self.group, str) else _UnpickledGroup(),)
 
 
 _numbers = itertools.count()
@@ -145,8 +157,8 @@ LOCAL = "local"
 
 def named_group(group: Any) -> str:
     """Returns a name for a `process_group` argument that communicator_named resolves, for a graph."""
-    if group is None:
-        return ""
+    if group is None or isinstance(group, str):
+        return group or ""
     if isinstance(group, LocalCommunicator):
         return LOCAL
     if hasattr(group, "group_name"):  # a ProcessGroup
@@ -165,8 +177,8 @@ def communicator_named(name: str) -> Communicator:
     """Returns the communicator that a name in a graph stands for.
 
     Args:
-        name: "" for the default group at the time of the call, LOCAL for this process alone, a GroupHandle's name, or
-            "pg:" and the name that torch.distributed gave a ProcessGroup.
+        name: "" for the default group at the time of the call, LOCAL for this process alone, a GroupHandle's name,
+            which may be that of an own group, or "pg:" and the name that torch.distributed gave a ProcessGroup.
 
     Raises:
         RuntimeError: the group is gone: the last layer that had it, or torch.distributed's group, was deleted.
@@ -177,6 +189,8 @@ def communicator_named(name: str) -> Communicator:
         return LocalCommunicator()
     if name.startswith("pg:"):
         return as_communicator(_named_by_torch(name))
+    if name.startswith("own"):
+        return as_communicator(name)
     handle = _handles.get(name)
     if handle is None:
         raise RuntimeError(

@@ -52,6 +52,7 @@ from __future__ import annotations
 
 from .contract import Running as Running
 from .contract import is_refused as is_refused
+from .devices import has_float64 as has_float64
 from .epilogue import ACTIVATIONS as ACTIVATIONS
 from .epilogue import PLAIN as PLAIN
 from .epilogue import Epilogue as Epilogue

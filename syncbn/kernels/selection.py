@@ -70,13 +70,18 @@ def choose(x: Any) -> Implementation:
     Raises:
         ValueError: SYNCBN_KERNELS names none.
         RuntimeError: the one that it names cannot be used in this process, or does not take x.
-        TypeError: x is of neither library.
+        TypeError: x is of neither library, or on a device without float64.
     """
     if _FORCED:
         return _forced_for(x)
     for implementation in _IMPLEMENTATIONS:
         if implementation.serves(x):
             return implementation
+    if hasattr(x, "is_cpu"):
+        raise TypeError(
+            f"expected a tensor on a device with float64, in which statistics are summed; got one on {x.device}, which "
+            "has none: train this layer on the CPU or another device, or use nn.BatchNorm"
+        )
     raise TypeError(f"expected a torch tensor or an ndarray; got {type(x).__name__}: convert it first")
 
 

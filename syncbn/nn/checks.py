@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..arguments import check_arguments
 from ..core import NOTHING, Running
-from ..kernels import PLAIN, Epilogue, check_epilogue
+from ..kernels import PLAIN, Epilogue, check_epilogue, has_float64
 
 
 def check_forward(
@@ -191,7 +191,7 @@ def forward_message(input: Any, num_features: int, weight: Any, bias: Any, runni
         channels.append(num_features)
     if channels_of(input):
         channels.append(channels_of(input))
-    devices = [v.device for v in tensors if v.device.type != "meta"]
+    devices = [v.device for v in tensors if v.device.type != "meta" and has_float64(v.device)]
     if not channels:
         return None
     return torch.empty(2 * mode(channels) + 1, dtype=torch.float64, device=devices[0] if devices else "cpu")
