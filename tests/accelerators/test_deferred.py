@@ -5,7 +5,7 @@ CPU tensors stand in, with kernels that read no count; tests/gpu has the same on
 
 import pytest
 import torch
-from ranks import run_ranks
+from support.ranks import run_ranks
 
 import syncbn
 from syncbn import core, deferred

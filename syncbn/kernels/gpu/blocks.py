@@ -84,7 +84,7 @@ def blocks_of(n: int, c: int, s: int, itemsize: int, device: Device, kind: str) 
     return Blocks(
         (blocks, parts),
         warps,
-        168 if kind == "sum" and device.slow_float64 else 128,
+        168 if kind == "sum" and (device.slow_float64 or itemsize == 8) else 128,
         (n, c, width // unit, tiles, tiles_in_row, tiles_in_part, parts),
         (unit, last, rows, cols),
         max(1, _ADDED_AT_ONCE // (cols if last else 16)),
