@@ -172,8 +172,8 @@ class Problem:
     """A case's data, the same for all implementations, and what they must compute.
 
     Attributes:
-        x, dy: of the case's shape, layout and dtype; residual: as x, or None.
-        weight, bias: (C,).
+        x, dy: of the case's shape, layout and dtype, on the world's device; residual: as x, or None.
+        weight, bias: (C,), on the CPU, where the oracle computes.
     """
 
     def __init__(self, case: Case, layout: str, dtype: torch.dtype, operation: str, activation: str, world: World):
@@ -204,12 +204,15 @@ class Problem:
             whole: oracle.backward(self.dy, self.x, self.weight, exact, activation, self._reduce[whole])
             for whole, exact in self._forward.items()
         }
+        self.x, self.dy = self.x.to(world.device), self.dy.to(world.device)
+        self.residual = None if self.residual is None else self.residual.to(world.device)
 
     def layer(self, implementation: Implementation) -> Layer:
         """Returns a new layer with the problem's parameters."""
         layer = implementation.build(self.case, self.parameter_dtype, self.activation)
         if isinstance(layer.norm, syncbn.SyncBatchNorm):
             layer.norm.process_group = self.world.process_group
+        layer.norm.to(self.world.device)
         with torch.no_grad():
             layer.norm.weight.copy_(self.weight)
             layer.norm.bias.copy_(self.bias)

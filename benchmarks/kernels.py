@@ -40,11 +40,14 @@ COLUMNS = {
 }
 BOUND = "bound"
 BUFFERS = ("kept", "rotated")
+_DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 # Rotated buffers take this many times the largest cache, so that none is still there when its turn comes again.
 CACHES_OF_ROTATION = 4
 
-# Those that take tensors.
-IMPLEMENTATIONS: dict[str, Any] = {i.name: i for i in available() if i.absence() or i.serves(torch.empty(0))}
+# Those that take tensors, of the CPU or of a GPU if there is one.
+IMPLEMENTATIONS: dict[str, Any] = {
+    i.name: i for i in available() if i.absence() or any(i.serves(torch.empty(0, device=device)) for device in _DEVICES)
+}
 
 
 @dataclass(frozen=True)
@@ -119,9 +122,9 @@ class Problem:
         vectors: what kernels get beside the arrays.
     """
 
-    def __init__(self, ncs: tuple[int, int, int], dtype: torch.dtype) -> None:
+    def __init__(self, ncs: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.dtype, self.ncs = dtype, ncs
+        self.dtype, self.ncs, self.device = dtype, ncs, device
         x, dy = (torch.randn(ncs, generator=generator) for _ in range(2))
         self._arrays = {"x": x.mul_(1.5).add_(0.5).to(dtype), "dy": dy.to(dtype)}
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -130,7 +133,8 @@ class Problem:
         forward = oracle.forward(self._arrays["x"], weight, bias, None, "none", whole)
         backward = oracle.backward(self._arrays["dy"], self._arrays["x"], weight, forward, "none", whole)
         self.expected = {**forward._asdict(), **backward._asdict(), "num_batches_tracked": torch.ones(()).double()}
-        self.vectors = Vectors(weight, bias, forward.moments, forward.statistics, backward.sums)
+        vectors = weight, bias, forward.moments, forward.statistics, backward.sums
+        self.vectors = Vectors(*(v.to(device) for v in vectors))
 
     def array_sets(self, names: Sequence[str], sets: int) -> list[dict[str, Tensor]]:
         """Returns that many sets of the named arrays, filled, each array at an address that 64 divides."""
@@ -138,7 +142,7 @@ class Problem:
         step = -(-size // 64) * 64
         made = {}
         for name in names:
-            memory = torch.zeros(sets, step, dtype=self.dtype)
+            memory = torch.zeros(sets, step, dtype=self.dtype, device=self.device)
             if name in self._arrays:
                 memory[:, :size] = self._arrays[name].flatten()
             made[name] = [row[:size].view(self.ncs) for row in memory]
@@ -146,16 +150,16 @@ class Problem:
 
     def small(self) -> dict[str, Tensor]:
         """Returns fresh arrays for normalise, which updates them in place; `statistics` starts as the moments."""
-        running = torch.zeros(2, self.ncs[1], dtype=self.vectors.weight.dtype)
+        running = torch.zeros(2, self.ncs[1], dtype=self.vectors.weight.dtype, device=self.device)
         running[1] = 1
-        tracked = torch.zeros((), dtype=torch.int64)
+        tracked = torch.zeros((), dtype=torch.int64, device=self.device)
         buffers = {"running_mean": running[0], "running_var": running[1], "num_batches_tracked": tracked}
         return {"statistics": self.vectors.moments.clone(), **buffers}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the program."""
-    parser = Arguments("kernels", ABOUT, ("float32", "bfloat16"), seconds=0.3)
+    parser = Arguments("kernels", ABOUT, ("float32", "bfloat16"), seconds=0.3, on_gpus=True)
     parser.several("--kernel", KERNELS, "kernels")
     parser.several("--implementation", IMPLEMENTATIONS, "what is timed beside the bound")
     parser.several("--buffers", BUFFERS, "one set of arrays, or one after another")
@@ -170,7 +174,7 @@ def run(world: World, arguments: argparse.Namespace) -> None:
         for layout in case.layouts(tuple(arguments.layout))
         for dtype in arguments.dtype
     ]
-    absent = {name: IMPLEMENTATIONS[name].absence() for name in arguments.implementation}
+    absent = {name: _absence(name, world.device) for name in arguments.implementation}
     served = {name: IMPLEMENTATIONS[name].module for name in arguments.implementation if not absent[name]}
     total = len(problems) * len(arguments.kernel) * len(arguments.buffers)
     with Report("kernels", COLUMNS, arguments, world, total) as report:
@@ -178,10 +182,18 @@ def run(world: World, arguments: argparse.Namespace) -> None:
             if absence:
                 report.note(f"skipped: {name}: {absence}")
         for case, layout, dtype in problems:
-            problem = Problem(case.ncs(layout), getattr(torch, dtype))
+            problem = Problem(case.ncs(layout), getattr(torch, dtype), world.device)
             for kernel, buffers in product(arguments.kernel, arguments.buffers):
                 report.group(f"{case.name} {layout} {dtype} {kernel} {buffers}")
                 report.add(_rows(world, arguments, case, layout, dtype, problem, kernel, buffers, served))
+
+
+def _absence(name: str, device: torch.device) -> str:
+    """Returns why kernels cannot be timed on a device, or ""."""
+    implementation = IMPLEMENTATIONS[name]
+    if (absence := implementation.absence()) or implementation.serves(torch.empty(0, device=device)):
+        return str(absence)
+    return f"they do not serve {device.type}"
 
 
 def _rows(
@@ -198,9 +210,9 @@ def _rows(
     kernel = KERNELS[name]
     moved_bytes = len(kernel.arrays) * math.prod(problem.ncs) * problem.dtype.itemsize
     if buffers == "rotated":
-        sets, place = max(2, math.ceil(CACHES_OF_ROTATION * last_cache_bytes() / moved_bytes)), "memory"
+        sets, place = max(2, math.ceil(CACHES_OF_ROTATION * last_cache_bytes(world.device) / moved_bytes)), "memory"
     else:
-        sets, place = 1, residence(moved_bytes)
+        sets, place = 1, residence(moved_bytes, world.device)
     arrays = problem.array_sets(kernel.arrays, sets)
     for implementation, kernels in served.items():
         small = problem.small()

@@ -20,6 +20,14 @@ from .report import Arguments, Report, positive
 ABOUT = """Times syncbn.SyncBatchNorm and SyncBatchNormAct against nn.BatchNorm, torch.compile'd nn.BatchNorm,
 nn.SyncBatchNorm and a naive SyncBatchNorm, in training mode."""
 MODES = ("forward", "backward", "both")
+COPY = "device copy"  # of the input: on GPUs beside the layers
+# How often arrays of the input's size must pass through memory: x for the statistics, and x and y; dy and x for the
+# sums, and dy, x and dx; and what a residual and its gradient add.
+PASSES = {
+    "bn": {"forward": 3, "backward": 5, "both": 8},
+    "bn+relu": {"forward": 3, "backward": 5, "both": 8},
+    "bn+add+relu": {"forward": 4, "backward": 7, "both": 11},
+}
 COLUMNS = {
     "case": 19,
     "layout": 13,
@@ -36,7 +44,7 @@ COLUMNS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the program."""
-    parser = Arguments("layer", ABOUT, ("float32",), seconds=1.0)
+    parser = Arguments("layer", ABOUT, ("float32",), seconds=1.0, on_gpus=True)
     parser.several("--mode", MODES, "what is timed")
     parser.several("--operation", OPERATIONS, "the layer, and what follows it")
     parser.add_argument(
@@ -51,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         type=positive(int),
         default=0,
         metavar="P",
-        help="processes, over Gloo on this host; default: one, without a process group",
+        help="processes, over Gloo on this host, of GPUs over NCCL; default: one, without a process group",
     )
     parser.add_argument(
         "--comm",
@@ -67,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"expected --implementation to name one, or a glob of names; got {pattern!r}: choose from "
                 f"{', '.join(sorted(names))}"
             )
+    if parsed.comm == "mpi" and parsed.device != "cpu":
+        parser.error("expected --comm mpi on the CPU; got --device cuda: use --ranks, which sends over NCCL there")
     if parsed.comm == "mpi" and parsed.ranks:
         parser.error("expected --ranks or --comm mpi; got both: mpirun -n says how many processes there are")
     if parsed.comm == "mpi":
@@ -83,7 +93,8 @@ def run(world: World, arguments: argparse.Namespace) -> None:
         for layout in case.layouts(tuple(arguments.layout))
         for dtype, operation in product(arguments.dtype, arguments.operation)
     ]
-    with Report("layer", COLUMNS, arguments, world, len(groups)) as report:
+    columns = COLUMNS if world.device.type == "cpu" else {**COLUMNS, "gbytes_per_s": 12}
+    with Report("layer", columns, arguments, world, len(groups)) as report:
         for case, layout, dtype, operation in groups:
             report.group(f"{case.name} {layout} {dtype} {operation}")
             report.add(_rows(world, arguments, case, layout, dtype, operation))
@@ -108,6 +119,8 @@ def _rows(
     rows = []
     for mode in arguments.mode:
         contenders = [_contender(name, problem, layer, mode) for name, layer in layers.items()]
+        if world.device.type != "cpu":
+            contenders.append(_copy(problem))
         times = measure(contenders, world, arguments.seconds, arguments.minimum_repeats)
         rows += [
             {
@@ -119,11 +132,27 @@ def _rows(
                 "mode": mode,
                 "implementation": name,
                 **_columns(times.get(name), times[BASE]),
+                **(_bandwidth(problem, operation, mode, name, times.get(name)) if world.device.type != "cpu" else {}),
                 "skipped": reasons.get(name),
             }
-            for name in [i.name for i in OPERATIONS[operation] if i.name in times or i.name in reasons]
+            for name in [*(i.name for i in OPERATIONS[operation]), COPY]
+            if name in times or name in reasons
         ]
     return rows
+
+
+def _copy(problem: Problem) -> Contender:
+    """Returns a copy of the input on its device."""
+    y = torch.empty_like(problem.x)
+    return Contender(COPY, lambda _: y.copy_(problem.x))
+
+
+def _bandwidth(problem: Problem, operation: str, mode: str, name: str, times: Times | None) -> dict[str, Any]:
+    """Returns the bytes that must pass through memory, and how many do in a second."""
+    passes = 2 if name == COPY else PASSES[operation][mode]
+    moved_bytes = passes * problem.x.nbytes
+    speed = None if times is None else moved_bytes / times.p50_microseconds / 1e3
+    return {"moved_bytes": moved_bytes, "gbytes_per_s": speed}
 
 
 def checked(problem: Problem, implementation: Implementation, world: World) -> Layer | str:

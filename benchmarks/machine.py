@@ -37,30 +37,46 @@ def caches_bytes() -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-def last_cache_bytes() -> int:
+def last_cache_bytes(device: torch.device) -> int:
     """Returns the bytes of the largest cache."""
+    if device.type != "cpu":
+        return l2_bytes(device)
     return max(caches_bytes().values(), default=_UNKNOWN_CACHE_BYTES)
 
 
-def residence(working_set_bytes: int) -> str:
+def l2_bytes(device: torch.device) -> int:
+    """Returns the bytes of a GPU's largest cache."""
+    size: int = torch.cuda.get_device_properties(device).L2_cache_size
+    return size
+
+
+def residence(working_set_bytes: int, device: torch.device) -> str:
     """Returns the nearest place that holds a working set of this size: L1, L2, L3, or memory."""
+    if device.type != "cpu":
+        return "L2" if working_set_bytes <= l2_bytes(device) else "memory"
     return next((name for name, size in caches_bytes().items() if working_set_bytes <= size), "memory")
 
 
-def fingerprint(program: str, ranks: int, transport: str | None) -> dict[str, Any]:
+def fingerprint(program: str, ranks: int, transport: str | None, device: torch.device) -> dict[str, Any]:
     """Returns the keys that README.md defines for a fingerprint line.
 
     Args:
         program: kernels, layer, memory, messages or step.
         ranks: the number of processes; 0 for one without a process group.
         transport: what their messages go over.
+        device: what is measured on.
     """
     threads = torch.get_num_threads()
+    gpu: dict[str, Any] = {}
+    if device.type != "cpu":
+        runtime = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+        gpu = {"gpu": torch.cuda.get_device_name(device), "gpu_runtime": runtime}
     return {
         "record": "fingerprint",
         "program": program,
         "started_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "cpu": _cpu(),
+        **gpu,
         "cores": cores(),
         "caches_bytes": caches_bytes(),
         "os_kernel": f"{platform.system()} {platform.release()}",

@@ -19,6 +19,7 @@ class World:
 
     Args:
         comm: an mpi4py communicator; None for torch.distributed, or a world of one where that is not initialised.
+        device: what this rank measures on.
 
     Attributes:
         grouped: whether there is a process group of either kind.
@@ -27,8 +28,8 @@ class World:
         transport: what messages go over: an MPI library, gloo, or None in a world of one.
     """
 
-    def __init__(self, comm: Any = None) -> None:
-        self.process_group = comm
+    def __init__(self, comm: Any = None, device: torch.device | None = None) -> None:
+        self.process_group, self.device = comm, device or torch.device("cpu")
         joined = dist.is_available() and dist.is_initialized()
         self.grouped = joined or comm is not None
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
@@ -55,14 +56,15 @@ class World:
         return reduced
 
     def _reduced(self, v: Tensor, operation: str) -> Tensor:
-        v = v.clone()
+        v, on = v.clone(), v.device
         if self.process_group is not None:
             from mpi4py import MPI
 
             self.process_group.Allreduce(MPI.IN_PLACE, v.numpy(), getattr(MPI, operation))
         elif self.grouped:
+            v = v.to(self.device)  # NCCL takes no other
             dist.all_reduce(v, getattr(dist.ReduceOp, operation))
-        return v
+        return v.to(on)
 
 
 def launch_over_mpi(program: Callable[[World, Any], None], arguments: Any) -> None:
@@ -80,6 +82,25 @@ def launch_over_mpi(program: Callable[[World, Any], None], arguments: Any) -> No
     program(World(MPI.COMM_WORLD), arguments)
 
 
+def device_of(rank: int, arguments: Any) -> torch.device:
+    """Returns the device that a rank of this host measures on, and makes it the current one.
+
+    Raises:
+        RuntimeError: torch sees fewer GPUs.
+    """
+    if getattr(arguments, "device", "cpu") == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if rank >= count:
+        raise RuntimeError(
+            f"expected a GPU for each rank with --device cuda, {rank + 1} or more; torch sees {count}: measure fewer "
+            "ranks, or on the CPU"
+        )
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    return device
+
+
 def launch(program: Callable[[World, Any], None], ranks: int, arguments: Any) -> None:
     """Runs program(world, arguments): here, or on each of several new processes.
 
@@ -92,7 +113,7 @@ def launch(program: Callable[[World, Any], None], ranks: int, arguments: Any) ->
         torch.multiprocessing.ProcessRaisedException: a rank raised; it has the traceback, and the others are ended.
     """
     if not ranks:
-        program(World(), arguments)
+        program(World(device=device_of(0, arguments)), arguments)
         return
     # The last is what torch imports, for seconds, in the first backward of every process that has not got it.
     preload = ["torch", "torch.distributed", "torch.fx.experimental.symbolic_shapes"]
@@ -110,6 +131,8 @@ def _rank(
     rank: int, program: Callable[[World, Any], None], ranks: int, store: str, threads: int, arguments: Any
 ) -> None:
     torch.set_num_threads(threads)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    program(World(), arguments)
+    device = device_of(rank, arguments)
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=ranks)
+    program(World(device=device), arguments)
     dist.destroy_process_group()

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -30,9 +31,12 @@ class Arguments(argparse.ArgumentParser):
         about: what it measures.
         dtypes: the default of --dtype; None where what is measured has no shapes.
         seconds: the default of --seconds; None where nothing is timed.
+        on_gpus: whether it can measure on GPUs.
     """
 
-    def __init__(self, program: str, about: str, dtypes: Sequence[str] | None, seconds: float | None) -> None:
+    def __init__(
+        self, program: str, about: str, dtypes: Sequence[str] | None, seconds: float | None, on_gpus: bool = False
+    ) -> None:
         super().__init__(
             prog=f"python -m benchmarks.{program}",
             description=about,
@@ -50,6 +54,17 @@ class Arguments(argparse.ArgumentParser):
             self.add_argument("--list", action="store_true", help="list the cases and exit")
             self.several("--layout", cases.LAYOUTS, "memory formats")
             self.several("--dtype", DTYPES, "dtypes of the input", dtypes)
+        if dtypes is not None and on_gpus:
+            self.add_argument(
+                "--batch", type=positive(int), metavar="N", help="the N of all shapes; default: each shape's own"
+            )
+        if on_gpus:
+            self.add_argument(
+                "--device",
+                choices=("cpu", "cuda"),
+                default="cpu",
+                help="cuda: GPUs, of ROCm too, timed by their events; default: %(default)s",
+            )
         self.add_argument(
             "--threads", type=positive(int), default=1, metavar="T", help="threads of a process; default: %(default)s"
         )
@@ -89,6 +104,8 @@ class Arguments(argparse.ArgumentParser):
         parsed: argparse.Namespace = super().parse_args(*arguments)
         if self._shapes:
             self._select_cases(parsed)
+        if getattr(parsed, "device", "cpu") == "cuda" and not torch.cuda.is_available():
+            self.error("expected a GPU for --device cuda; torch sees none: see torch.cuda.is_available()")
         torch.set_num_threads(parsed.threads)
         return parsed
 
@@ -101,6 +118,8 @@ class Arguments(argparse.ArgumentParser):
         except ValueError as error:
             self.error(f"argument --case: {error}")
         parsed.case = tuple(dict.fromkeys(found))
+        if getattr(parsed, "batch", None):
+            parsed.case = tuple(replace(case, shape=(parsed.batch, *case.shape[1:])) for case in parsed.case)
 
 
 def positive(kind: type) -> Callable[[str], Any]:
@@ -148,7 +167,7 @@ class Report:
         self, program: str, columns: dict[str, int], arguments: argparse.Namespace, world: World, total: int
     ) -> None:
         self._program, self._columns = program, columns
-        self._fingerprint = fingerprint(program, world.size if world.grouped else 0, world.transport)
+        self._fingerprint = fingerprint(program, world.size if world.grouped else 0, world.transport, world.device)
         self._file: IO[str] | None = None
         self._silent = world.rank != 0
         self._output: Path | None = arguments.output

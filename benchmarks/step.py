@@ -1,4 +1,7 @@
-"""Times a training step under DistributedDataParallel: `mpirun -n 2 python -m mpi4py -m benchmarks.step`."""
+"""Times a training step under DistributedDataParallel: `mpirun -n 2 python -m mpi4py -m benchmarks.step`.
+
+On GPUs: `torchrun --nproc-per-node 2 -m benchmarks.step --device cuda`.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,9 @@ from .report import Arguments, Report, positive
 from .resnet import SHAPES, resnet
 
 ABOUT = """Times training steps of a ResNet under DistributedDataParallel, with nn.BatchNorm, syncbn.SyncBatchNorm and
-a naive SyncBatchNorm: all messages over MPI (the backend mpi4py) and all over Gloo. Runs on the processes of mpirun."""
+a naive SyncBatchNorm: all messages over MPI (the backend mpi4py) and all over Gloo. Runs on the processes of mpirun.
+With --device cuda also with torch.nn.SyncBatchNorm, and with syncbn.SyncBatchNorm over a group of its own: all messages
+over NCCL. Runs on the processes of torchrun, or any launcher."""
 COLUMNS = {
     "model": 9,
     "messages_over": 13,
@@ -59,11 +64,16 @@ CONVERSIONS: dict[str, Callable[[nn.Module, Any], nn.Module]] = {
     OURS: syncbn.convert_sync_batchnorm,
     "naive SyncBatchNorm": _naive,
 }
+# And of a network on GPUs.
+CONVERSIONS_ON_GPUS: dict[str, Callable[[nn.Module, Any], nn.Module]] = {
+    f"{OURS}, own group": lambda net, _: syncbn.convert_sync_batchnorm(net, "own"),
+    "nn.SyncBatchNorm": nn.SyncBatchNorm.convert_sync_batchnorm,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the program."""
-    parser = Arguments("step", ABOUT, None, seconds=30.0)
+    parser = Arguments("step", ABOUT, None, seconds=30.0, on_gpus=True)
     parser.several("--model", SHAPES, "networks")
     parser.add_argument(
         "--batch", type=positive(int), default=8, metavar="N", help="images of a rank; default: %(default)s"
@@ -71,7 +81,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--image", type=positive(int), default=64, metavar="P", help="their side, in pixels; default: %(default)s"
     )
-    launch_over_mpi(run, parser.parse_args(arguments))
+    parsed = parser.parse_args(arguments)
+    if parsed.device == "cuda":
+        run_on_gpus(parsed)
+    else:
+        launch_over_mpi(run, parsed)
+
+
+def run_on_gpus(arguments: argparse.Namespace) -> None:
+    """Measures all networks on the GPUs of the processes that a launcher started."""
+    with syncbn.init_process_group(device="cuda") as joined:
+        world = World(device=joined.device)
+        with Report("step", COLUMNS, arguments, world, len(arguments.model)) as report:
+            for model in arguments.model:
+                report.group(model)
+                report.add(_rows(world, arguments, model, {"nccl": dist.group.WORLD}))
 
 
 def run(world: World, arguments: argparse.Namespace) -> None:
@@ -87,13 +111,15 @@ def run(world: World, arguments: argparse.Namespace) -> None:
 
 def _rows(world: World, arguments: argparse.Namespace, model: str, groups: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns the rows of one network, each checked, then timed."""
-    ways = {f"{name} over {transport}": (name, transport) for transport, name in product(TRANSPORTS, CONVERSIONS)}
+    names = [*CONVERSIONS] if world.device.type == "cpu" else [*CONVERSIONS, *CONVERSIONS_ON_GPUS]
+    ways = {f"{name} over {transport}": (name, transport) for transport, name in product(groups, names)}
     contenders = []
     for label, (name, transport) in ways.items():
         _check(label, model, name, groups[transport], world, arguments.image)
-        step = Step(model, name, groups[transport], torch.float32, _batch(world.rank, arguments.batch, arguments.image))
+        batch = _batch(world.rank, arguments.batch, arguments.image)
+        step = Step(model, name, groups[transport], torch.float32, batch, world.device)
         contenders.append(Contender(label, step))
-    round_trip = _round_trip_microseconds(world)
+    round_trip = None if world.process_group is None else _round_trip_microseconds(world)
     times = measure(contenders, world, arguments.seconds, arguments.minimum_repeats)
     layers = sum(isinstance(module, nn.BatchNorm2d) for module in resnet(SHAPES[model]).modules())
     shared = {"model": model, "shape": [arguments.batch, 3, arguments.image, arguments.image], "norm_layers": layers}
@@ -115,17 +141,26 @@ class Step:
 
     Args:
         model: one of SHAPES.
-        name: one of CONVERSIONS.
+        name: one of CONVERSIONS, or of CONVERSIONS_ON_GPUS.
         group: that all messages go over.
         dtype: of parameters and images.
         batch: this rank's images and labels.
+        device: of all of it.
     """
 
-    def __init__(self, model: str, name: str, group: Any, dtype: torch.dtype, batch: tuple[Tensor, Tensor]) -> None:
-        net = CONVERSIONS[name](_network(model, dtype), group)
+    def __init__(
+        self,
+        model: str,
+        name: str,
+        group: Any,
+        dtype: torch.dtype,
+        batch: tuple[Tensor, Tensor],
+        device: torch.device,
+    ) -> None:
+        net = (CONVERSIONS | CONVERSIONS_ON_GPUS)[name](_network(model, dtype).to(device), group)
         self.net = DistributedDataParallel(net, process_group=group)
         self._optimizer = torch.optim.SGD(self.net.parameters(), lr=1e-3, momentum=0.9)
-        self._images, self._labels = batch[0].to(dtype), batch[1]
+        self._images, self._labels = batch[0].to(device, dtype), batch[1].to(device)
 
     def __call__(self, _: Any = None) -> None:
         self._optimizer.zero_grad()
@@ -151,7 +186,7 @@ def _check(label: str, model: str, name: str, group: Any, world: World, side: in
         WrongResultError: they differ.
     """
     batches = [_batch(rank, CHECKED_IMAGES, side) for rank in range(world.size)]
-    step = Step(model, name, group, torch.float64, batches[world.rank])
+    step = Step(model, name, group, torch.float64, batches[world.rank], world.device)
     step()
     if name == BASE:  # each rank by itself; DistributedDataParallel averages
         parts, mine = batches, world.rank

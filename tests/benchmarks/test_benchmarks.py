@@ -25,7 +25,7 @@ def _one_thread():
 
 
 def test_kernels_record_every_kernel_with_its_bound(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(kernels, "last_cache_bytes", lambda: 1 << 16)
+    monkeypatch.setattr(kernels, "last_cache_bytes", lambda device: 1 << 16)
     file = tmp_path / "kernels.jsonl"
     kernels.main(["--case", "tiny*", "--dtype", "float32", "bfloat16", "--output", str(file), *MINIMAL])
     fingerprint, rows = records_of(file)
@@ -114,7 +114,8 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
         def stats(x, _):
             return torch.zeros(2 * x.shape[1] + 1, dtype=torch.float64)
 
-    monkeypatch.setitem(kernels.IMPLEMENTATIONS, "aten", SimpleNamespace(module=Wrong, absence=lambda: ""))
+    wrong = SimpleNamespace(module=Wrong, absence=lambda: "", serves=lambda x: True)
+    monkeypatch.setitem(kernels.IMPLEMENTATIONS, "aten", wrong)
     with pytest.raises(harness.WrongResultError, match=r"aten\.stats: expected"):
         kernels.main(["--case", "tiny", "--kernel", "stats", "--implementation", "aten", *MINIMAL])
 

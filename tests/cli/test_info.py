@@ -55,7 +55,7 @@ def test_info_says_when_the_cpu_kernels_are_missing(capsys, monkeypatch):
         ("cpu", "cpu for torch tensors on the CPU and NumPy arrays, none for torch tensors on other devices: as "),
         (
             "fast",
-            "none: expected the environment variable SYNCBN_KERNELS to be one of cpu, reference, aten; got 'fast'",
+            "none: expected the environment variable SYNCBN_KERNELS to be one of cpu, reference, gpu, aten; got 'fast'",
         ),
     ],
 )
