@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 
 from ..epilogue import ACTIVATIONS
+from .presence import is_interpreted
 
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_INTERPRETED = tl.constexpr(is_interpreted())
 _RELU = tl.constexpr(ACTIVATIONS.index("relu"))
 _LEAKY_RELU = tl.constexpr(ACTIVATIONS.index("leaky_relu"))
 _SILU = tl.constexpr(ACTIVATIONS.index("silu"))

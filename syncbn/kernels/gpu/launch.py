@@ -11,8 +11,11 @@ import triton
 from torch import Tensor
 
 from .blocks import Blocks
+from .presence import is_interpreted
 
-_INTERPRETED = triton.knobs.runtime.interpret
+_INTERPRETED = is_interpreted()
+# Before 3.3 what was compiled took other arguments; Triton's own way of finding it then serves.
+_IS_FOUND_HERE = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
 _interpreter = threading.Lock()  # it is one for all threads
 
 
@@ -32,14 +35,17 @@ class Kernel:
         self,
         device: torch.device,
         blocks: Blocks,
-        arrays: tuple[Tensor | None, ...],
+        arrays: tuple[Any, ...],
         numbers: tuple[float, ...],
         constants: tuple[Any, ...],
     ) -> None:
         """Runs the function on the device's current stream.
 
         Args:
-            arrays, numbers, constants: the function's arguments, in this order.
+            arrays, numbers, constants: the function's arguments, in this order; the first is a batch.
+
+        Raises:
+            RuntimeError: a variant that is not compiled yet, within the capture of a graph.
         """
         grid, arguments = blocks.grid, (*arrays, *numbers, *constants)
         if _INTERPRETED:
@@ -54,7 +60,13 @@ class Kernel:
         variants = [None if v is None else (v.dtype, v.data_ptr() % 16) for v in arrays]
         key = index, blocks.warps, blocks.registers, constants, *variants
         kernel = self.compiled.get(key)
-        if kernel is None:
+        if kernel is None or not _IS_FOUND_HERE:
+            if kernel is None and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"expected a step before the capture of a graph, which compiles {self.function.__name__} for "
+                    f"{arrays[0].dtype} on {device}; got the first within one: run a step of the same shapes, dtypes "
+                    "and memory formats outside, as torch.cuda.graph asks for"
+                )
             self.compiled[key] = self.function[grid](*arguments, **blocks.options(bool(torch.version.hip)))
             return
         stream = torch._C._cuda_getCurrentRawStream(index)

@@ -53,6 +53,7 @@ def load_driver(folder):
     library = folder / "libcuda.so.1"
     command = ["cc", "-shared", "-fPIC", "-O1", f"-Wl,-soname,{library.name}", "-o", library]
     subprocess.run([*command, Path(__file__).with_name("driver.c")], check=True)
+    (folder / "libcuda.so").symlink_to(library.name)  # Triton before 3.6 links with it
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
     stub = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     stub.driver_name.restype, stub.driver_first.restype = ctypes.c_char_p, ctypes.c_void_p
@@ -65,6 +66,7 @@ def take_gpu_kernels():
     """Makes the GPU kernels serve tensors on the CPU, which is enough where nothing runs."""
     torch.cuda.current_device = lambda: None  # the index of the CPU
     torch._C._cuda_getCurrentRawStream = lambda index: 0
+    torch.cuda.is_current_stream_capturing = lambda: False
     calls._device = lambda device: Device(programs=264, warp_threads=32)
     calls.is_refused = lambda count: False  # moments are whatever memory holds
     core.check_count = lambda *_: None

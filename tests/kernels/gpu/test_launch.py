@@ -48,7 +48,7 @@ def launch():
 class Compiled:
     """A function of Triton's, and what it was launched with."""
 
-    function, packed_metadata = "function", "metadata"
+    function, packed_metadata, __name__ = "function", "metadata", "compiled"
 
     def __init__(self):
         self.compiled, self.run_with = [], []
@@ -68,6 +68,7 @@ class Compiled:
 def kernel(launch, monkeypatch):
     monkeypatch.setattr(launch, "_INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 70 + index, raising=False)
     return launch.Kernel(Compiled())
 
@@ -99,6 +100,25 @@ def test_each_variant_is_compiled_once(kernel):
     kernel.launch(GPU, blocks(4, 128)._replace(grid=(3, 4)), (x, None), (6, 0.25), (True,))
     assert len(kernel.function.compiled) == len(calls)
     assert kernel.function.run_with == [(3, 4, 1, 70, "function", "metadata", None, None, None, x, None, 6, 0.25, True)]
+
+
+def test_within_a_capture_nothing_is_compiled(kernel, monkeypatch):
+    call = GPU, blocks(4, 128), (torch.zeros(8),), (), ()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"a step before the capture .*float32 on cuda:0; .*: run a step"):
+        kernel.launch(*call)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    kernel.launch(*call)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    kernel.launch(*call)
+    assert (len(kernel.function.compiled), len(kernel.function.run_with)) == (1, 1)
+
+
+def test_triton_before_3_3_finds_what_was_compiled_itself(kernel, launch, monkeypatch):
+    monkeypatch.setattr(launch, "_IS_FOUND_HERE", False)
+    for _ in range(2):
+        kernel.launch(GPU, blocks(4, 128), (torch.zeros(8),), (), ())
+    assert (len(kernel.function.compiled), len(kernel.function.run_with)) == (2, 0)
 
 
 def test_a_tensor_of_another_device_is_worked_on_there(kernel, monkeypatch):
