@@ -105,7 +105,8 @@ def synchronize_errors() -> None:
         RuntimeError, ValueError: as the call would have on a CPU, and that it is of an earlier one.
     """
     for state in tuple(devices.values()):
-        state.look(wait=True)
+        if not state.is_capturing():
+            state.look(wait=True)
 
 
 def _module_of(device: Any) -> Any:
@@ -119,4 +120,5 @@ def _module_of(device: Any) -> Any:
 def _pinned() -> Any:
     import torch
 
-    return torch.empty(1, dtype=torch.float64, device="cpu", pin_memory=True)
+    with torch.inference_mode(False):  # what is made in inference mode cannot be written outside it
+        return torch.empty(1, dtype=torch.float64, device="cpu", pin_memory=True)
