@@ -81,7 +81,7 @@ def normalise(
     if count is not None:
         check_count(count, comm)
     elif comm.world_size == 1:
-        check_count(float(math.prod(x.shape) // x.shape[1]), comm)
+        check_count(float(x.shape[0] * math.prod(x.shape[2:])), comm)
     else:
         _check_later(moments, comm)
     return moments

@@ -7,24 +7,13 @@ is captured nothing is copied, and nothing looked at, for events cannot be asked
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-
-class _Count(NamedTuple):
-    """A count on its way to the host.
-
-    Attributes:
-        memory: (1,) float64, pinned: where it arrives.
-        event: comes after it.
-        check: raises for a count that tells of an error.
-    """
-
-    memory: Any
-    event: Any
-    check: Callable[[float], None]
+# A count on its way to the host: (1,) float64 of pinned memory, where it arrives; the event that comes after it; and
+# what raises for a count that tells of an error.
+_Count = tuple[Any, Any, Callable[[float], None]]
 
 
 class _Device:
@@ -37,32 +26,36 @@ class _Device:
 
     def __init__(self, device: Any, module: Any) -> None:
         self.device, self.module = device, module
+        # Each operation on these is atomic: backward recomputes checkpointed regions in threads of its own.
         self.waiting: deque[_Count] = deque()
-        self._free: list[tuple[Any, Any]] = []  # memory and events, to be used again
-        self._lock = threading.Lock()  # backward recomputes checkpointed regions in threads of its own
-
-    def is_capturing(self) -> bool:
-        capturing = getattr(self.module, "is_current_stream_capturing", None)
-        return capturing is not None and capturing()
+        self._free: deque[tuple[Any, Any]] = deque()  # memory and events, to be used again
+        self.is_capturing: Callable[[], bool] = getattr(module, "is_current_stream_capturing", lambda: False)
 
     def watch(self, count: Any, check: Callable[[float], None]) -> None:
-        with self._lock:
-            memory, event = self._free.pop() if self._free else (_pinned(), self.module.Event())
+        try:
+            memory, event = self._free.pop()
+        except IndexError:
+            memory, event = _pinned(), self.module.Event()
         memory.copy_(count, non_blocking=True)
         event.record(self.module.current_stream(self.device))
-        with self._lock:
-            self.waiting.append(_Count(memory, event, check))
+        self.waiting.append((memory, event, check))
 
     def look(self, wait: bool) -> None:
-        with self._lock:
-            arrived = []
-            while self.waiting and (wait or self.waiting[0].event.query()):
-                arrived.append(self.waiting.popleft())
-        for memory, event, check in arrived:
+        while True:
+            try:
+                entry = self.waiting.popleft()
+            except IndexError:
+                return
+            memory, event, check = entry
             if wait:
                 event.synchronize()
+            elif not event.query():
+                self.waiting.appendleft(entry)
+                return
+            count = float(memory)
+            self._free.append((memory, event))
             try:
-                check(float(memory))
+                check(count)
             except (RuntimeError, ValueError) as error:
                 self.waiting.clear()  # what followed from it
                 raise type(error)(
@@ -70,8 +63,6 @@ class _Device:
                     "then this rank has computed with NaN, or with what is left of the batch, and ranks may have sent "
                     "different numbers of messages: end the run, and go on from a checkpoint)"
                 ) from None
-        with self._lock:
-            self._free += [(memory, event) for memory, event, _ in arrived]
 
 
 devices: dict[Any, _Device] = {}  # those of which counts have been watched; empty in processes that use CPUs alone
@@ -114,7 +105,8 @@ def synchronize_errors() -> None:
         RuntimeError, ValueError: as the call would have on a CPU, and that it is of an earlier one.
     """
     for state in tuple(devices.values()):
-        state.look(wait=True)
+        if not state.is_capturing():
+            state.look(wait=True)
 
 
 def _module_of(device: Any) -> Any:
@@ -128,4 +120,5 @@ def _module_of(device: Any) -> Any:
 def _pinned() -> Any:
     import torch
 
-    return torch.empty(1, dtype=torch.float64, device="cpu", pin_memory=True)
+    with torch.inference_mode(False):  # what is made in inference mode cannot be written outside it
+        return torch.empty(1, dtype=torch.float64, device="cpu", pin_memory=True)

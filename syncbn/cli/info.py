@@ -31,11 +31,14 @@ def info() -> int:
     sections = {
         "versions": _versions(),
         "kernels": _kernels(),
+        "accelerators": _accelerators(torch),
         "communicators": {**_communicators(torch), "mpi": mpi},
         "chosen here": _chosen(torch, launch, problem),
     }
     width = max(len(name) for lines in sections.values() for name in lines) + 2
     for title, lines in sections.items():
+        if not lines:
+            continue
         print(title)
         for name, text in lines.items():
             print(f"  {name:<{width}}{text}")
@@ -67,6 +70,33 @@ def _kernels() -> dict[str, str]:
         else f"available: {implementation.description}"
         for implementation in available()
     }
+
+
+def _accelerators(torch: Any) -> dict[str, str]:
+    """Returns, for each accelerator that torch sees, its name, the kernels that serve it, and why."""
+    if torch is None or not torch.accelerator.is_available():
+        return {}
+    kind = torch.accelerator.current_accelerator().type
+    module = getattr(torch, kind)
+    found = {}
+    for index in range(torch.accelerator.device_count()):
+        device = torch.device(kind, index)
+        name = module.get_device_name(device) if hasattr(module, "get_device_name") else kind
+        found[f"{kind}:{index}"] = f"{name}: {_serving(torch.empty(0, device=device))}"
+    return found
+
+
+def _serving(x: Any) -> str:
+    """Returns which kernels x gets, and why not others."""
+    try:
+        chosen = choose(x)
+        asked = forced() is not None
+    except (RuntimeError, TypeError, ValueError) as error:
+        return f"no kernels, {error}"
+    if asked:
+        return f"{chosen.name}, as SYNCBN_KERNELS asks"
+    others = [f"{other.name}, {absence}" for other in available() if (absence := other.absence())]
+    return "; not ".join([f"{chosen.name}, the fastest that serve it", *others])
 
 
 def _communicators(torch: Any) -> dict[str, str]:

@@ -88,12 +88,12 @@ def batch_stats_norm(
     center = first[:-1] / elements
     xhat, offset, var = _standardise(input, center, elements, call)
     if running.mean is not None:
-        # A batch of no elements changes nothing.
-        part = torch.where(count > 1, torch.as_tensor(running.momentum, dtype=torch.float64), 0.0)
+        # A batch of no elements changes nothing, nor one whose count is NaN: filled, not multiplied by 0.
+        nothing = (count > 1).logical_not()
         unbiased = var.detach() * count / (count - 1).clamp(min=1)
         with torch.no_grad():
             for old, new in ((running.mean, center + offset.detach()), (running.var, unbiased)):
-                old.add_((part * (new - old.double())).to(old.dtype))
+                old.add_((running.momentum * (new - old.double())).masked_fill(nothing, 0.0).to(old.dtype))
     if running.num_batches_tracked is not None:
         running.num_batches_tracked.add_((count > 1).to(running.num_batches_tracked.dtype))
     return activate(_affine(xhat, weight, bias).to(input.dtype), call.epilogue, residual)

@@ -82,6 +82,21 @@ def test_no_float64_temporary_is_larger_than_a_tile(shape, kind, way):
         assert 0 < found.largest_wide * 8 <= aten._TILE_BYTES_ACCELERATOR
 
 
+def test_bytes_moved_are_bounded(way):
+    """By what the operations read and write an element of bfloat16, most of it in caches, for tiles are small."""
+    to_float64, product, sums, added, product_added = 2 + 8, 8 + 2 + 8, 8 + 8, 8 + 2 + 8, 8 + 2 + 2 + 8
+    first, later = to_float64 + product + sums, added + product_added
+    minus_mean, in_place, narrow = 2 + 4, 4 + 4, 4 + 2
+    forward = max(first, later) + minus_mean + in_place + narrow  # x - mean, times scale, plus bias
+    exact_minus_mean, wide_product = 2 + 8, 6 + 6  # which the products have beside those of forward
+    backward = max(first, later) + exact_minus_mean + wide_product
+    backward += minus_mean + in_place + (2 + 4 + 4) + in_place + narrow  # times slope, dy less that, less a constant
+    step = step_costs(SHAPE, way=way)
+    vectors = 2**20
+    assert step.forward.moved_bytes <= forward * step.input_bytes // 2 + vectors
+    assert step.backward.moved_bytes <= backward * step.input_bytes // 2 + vectors
+
+
 def test_in_place_work_costs_no_more_memory():
     for found in step_costs(SHAPE, epilogue=Epilogue("leaky_relu", 0.1, in_place=True))[:2]:
         assert (found.waits, found.uploads) == ({}, [])

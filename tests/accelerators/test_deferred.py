@@ -162,7 +162,8 @@ def test_nothing_is_copied_or_asked_while_a_graph_is_captured(module):
     module.finish()
     module.captures = True
     forward(Count(NAN)), backward(Count(24.0))
-    assert len(module.events) == 1
+    syncbn.synchronize_errors()
+    assert (len(module.events), module.synchronized) == (1, 0)
     module.captures = False
     syncbn.synchronize_errors()
 
@@ -205,6 +206,14 @@ def test_until_then_running_statistics_stay_and_y_is_what_the_contract_says(modu
     forward(Count(24.0), running=running)
     assert running.num_batches_tracked == 8  # the negative control
     assert (running.mean != 5.0).all()
+
+
+def test_memory_that_was_made_in_inference_mode_serves_outside_it(monkeypatch):
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory, **options: empty(*shape, **options))
+    with torch.inference_mode():
+        memory = deferred._pinned()
+    memory.copy_(torch.ones(1))
 
 
 def test_cpu_layers_leave_no_trace():

@@ -31,6 +31,14 @@ def test_arithmetic_launches_and_moves_what_it_reads_and_writes():
     assert (found.uploads, found.waits, found.messages, found.largest_wide) == ([], {}, [], 0)
 
 
+def test_a_result_is_written_not_read():
+    x, v = on_gpu(8), on_gpu(8, dtype=torch.bfloat16)
+    with costs() as found:
+        torch.mul(x, x, out=v)
+        x.add_(1)
+    assert found.moved_bytes == (32 + 32 + 16) + (32 + 32)
+
+
 def test_expanded_tensors_are_read_once():
     with costs() as found:
         on_gpu(1, 8).expand(100, 8) + on_gpu(100, 8)

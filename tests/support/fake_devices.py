@@ -85,7 +85,8 @@ class _Counting(TorchDispatchMode):
 
     def _count(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
         costs = self.costs
-        read, written = _tensors([*args, *kwargs.values()]), _tensors([out])
+        read = _tensors([*args, *(v for name, v in kwargs.items() if name != "out")])
+        written = _tensors([out])
         if kwargs.get("pin_memory") and written:
             self._pinned.add(_memory(written[0]))
         if func.namespace == "c10d":
