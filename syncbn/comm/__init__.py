@@ -151,6 +151,7 @@ class GroupHandle:
 
 
 _numbers = itertools.count()
+_DEFAULT = GroupHandle(None)
 _handles: WeakValueDictionary[str, GroupHandle] = WeakValueDictionary()
 LOCAL = "local"
 
@@ -184,7 +185,7 @@ def communicator_named(name: str) -> Communicator:
         RuntimeError: the group is gone: the last layer that had it, or torch.distributed's group, was deleted.
     """
     if not name:
-        return as_communicator(None)
+        return _DEFAULT.communicator()
     if name == LOCAL:
         return LocalCommunicator()
     if name.startswith("pg:"):

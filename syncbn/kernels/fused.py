@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import native
-from .contract import Running
 from .epilogue import Epilogue, check_epilogue
 from .selection import forced
 
@@ -67,90 +66,3 @@ def activation_of(epilogue: Epilogue) -> int | None:
     except (TypeError, ValueError):
         return None
     return None if epilogue.in_place else _ACTIVATIONS[epilogue.activation]
-
-
-# The steps of the two operators one by one, for graphs, where the message is an operator of its own. Each returns None
-# where the operator declines.
-
-
-def stats(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    mean: torch.Tensor | None,
-    var: torch.Tensor | None,
-    epilogue: Epilogue,
-) -> torch.Tensor | None:
-    """Returns this rank's moments, if all the tensors that forward needs fit."""
-    operators, activation = _operators_for(x, epilogue)
-    if operators is None:
-        return None
-    tensors = map(_or_none, (x, weight, bias, residual, mean, var, None, None))
-    _, moments, state = operators.forward(*tensors, 0.0, 1.0, activation, epilogue.slope, BY_CALLER)
-    return moments if state == UNSENT else None
-
-
-def normalise(
-    x: torch.Tensor,
-    moments: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    running: Running,
-    eps: float,
-    epilogue: Epilogue,
-) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-    """Returns y, statistics and the count, from the moments of all ranks, which become the statistics."""
-    operators, activation = _operators_for(x, epilogue)
-    if operators is None:
-        return None
-    tensors = map(_or_none, (x, weight, bias, residual, *running[:3], moments))
-    y, statistics, count = operators.forward(*tensors, running.momentum, eps, activation, epilogue.slope, ALONE)
-    return None if count == DECLINED else (y, statistics, count)
-
-
-def backward_reduce(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    statistics: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    gate: torch.Tensor | None,
-    has_bias: bool,
-    epilogue: Epilogue,
-) -> tuple[torch.Tensor, ...] | None:
-    """Returns this rank's sums, and the gradients of weight, bias and residual: any tensor for what there is not."""
-    operators, activation = _operators_for(x, epilogue)
-    if operators is None:
-        return None
-    tensors = map(_or_none, (dy, x, weight, bias, gate, statistics, None))
-    sums, *gradients, state = operators.backward(*tensors, has_bias, activation, epilogue.slope, BY_CALLER)
-    return (sums, *gradients) if state == UNSENT else None
-
-
-def backward_elemt(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    statistics: torch.Tensor,
-    sums: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    epilogue: Epilogue,
-) -> torch.Tensor | None:
-    """Returns dx, from the sums of all ranks."""
-    operators, activation = _operators_for(x, epilogue)
-    if operators is None:
-        return None
-    tensors = map(_or_none, (dy, x, weight, bias, None, statistics, sums))
-    dx, *_, state = operators.backward(*tensors, False, activation, epilogue.slope, ALONE)
-    return None if state == DECLINED else dx
-
-
-def _operators_for(x: torch.Tensor, epilogue: Epilogue) -> tuple[Fused | None, int]:
-    activation = activation_of(epilogue)
-    return (fused(), activation) if x.is_cpu and activation is not None else (None, 0)
-
-
-def _or_none(v: torch.Tensor | None) -> torch.Tensor:
-    return NONE if v is None else v

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import core
-from ..comm import Communicator, Group, LocalCommunicator, shared_memory_of
+from ..comm import Group
 from ..core import NOTHING, Running
 from ..kernels import PLAIN, Epilogue
-from ..kernels.fused import ALONE, BY_CALLER, DECLINED, NONE, UNSENT, activation_of, fused
+from ..kernels.fused import activation_of, fused
 from .autograd import BatchStatsNorm
 from .checks import channels_of
+from .direct import backward_in_one_call, forward_in_one_call
 from .eager import EagerCall
 from .recomputation import is_recomputing
 from .recomputation import local as _recordings
@@ -84,7 +84,7 @@ def normalise(
     rest = mean, var, batches, momentum, eps, code, epilogue, comm, has_residual, bias_dtype, group, num_features
     try:
         return _apply(input, weight, bias, residual, rest)  # type: ignore[no-any-return]
-    except (_Declined, NotImplementedError):  # torch's, for devices and layouts without such an operator
+    except _Declined:
         return None
 
 
@@ -100,34 +100,13 @@ class _FusedNorm(torch.autograd.Function):
         residual: Tensor | None,
         rest: tuple[Any, ...],
     ) -> Tensor:
-        mean, var, batches, momentum, eps, activation, epilogue, comm, has_residual, *_ = rest
-        tensors = (
-            input,
-            NONE if weight is None else weight,
-            NONE if bias is None else bias,
-            residual if has_residual else NONE,
-            NONE if mean is None else mean,
-            NONE if var is None else var,
-            NONE if batches is None else batches,
+        mean, var, batches, momentum, eps, activation, epilogue, comm, *_ = rest
+        found = forward_in_one_call(
+            _fused, comm, input, weight, bias, residual, mean, var, batches, momentum, eps, activation, epilogue.slope
         )
-        slope = epilogue.slope
-        if type(comm) is LocalCommunicator:
-            y, statistics, count = _fused.forward(*tensors, NONE, momentum, eps, activation, slope, ALONE)
-        elif memory := shared_memory_of(comm):
-            with memory.direct() as address:
-                y, statistics, count = _fused.forward(*tensors, NONE, momentum, eps, activation, slope, address)
-                if count == UNSENT:
-                    memory.go_on(statistics)
-        else:
-            y, statistics, count = _fused.forward(*tensors, NONE, momentum, eps, activation, slope, BY_CALLER)
-            if count == UNSENT:
-                comm.all_reduce(statistics)
-        if count == DECLINED:
+        if found is None:
             raise _Declined
-        if count == UNSENT:
-            y, statistics, count = _fused.forward(*tensors, statistics, momentum, eps, activation, slope, ALONE)
-        if not (count > 1 and count.is_integer()):
-            core.check_count(count, comm)
+        y, statistics = found
         if activation == 0:
             ctx.save_for_backward(input, weight, None, None, statistics)
         else:
@@ -135,8 +114,7 @@ class _FusedNorm(torch.autograd.Function):
             ctx.save_for_backward(input, weight, bias, gate, statistics)
         ctx.set_materialize_grads(False)
         ctx.rest = rest
-        result: Tensor = y
-        return result
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -156,20 +134,13 @@ class _FusedNorm(torch.autograd.Function):
         if bias_dtype is not None and bias_dtype is not torch.float32:
             return _general_backward(ctx, grad_output, saved)
         input, weight, bias, gate, statistics = saved
-        w, b = NONE if weight is None else weight, NONE if bias is None else bias
-        options = bias_dtype is not None, activation, epilogue.slope
-        tensors = grad_output, input, w, b, NONE if gate is None else gate, statistics, NONE
-        try:
-            found = _sum_over_ranks(comm, tensors, options)
-        except NotImplementedError:  # of a layout that the operator does not take
+        found = backward_in_one_call(
+            _fused, comm, grad_output, input, weight, bias, gate, statistics, bias_dtype is not None, activation,
+            epilogue.slope,
+        )  # fmt: skip
+        if found is None:
             return _general_backward(ctx, grad_output, saved)
-        dx, grad_weight, grad_bias, g, state = found
-        if state != 0:
-            if state == DECLINED:
-                return _general_backward(ctx, grad_output, saved)
-            # UNSENT: dx are the sums. grad_output went through the activation already if there is a gate.
-            dy, options = (grad_output, options) if gate is None else (g, (options[0], 0, 0.0))
-            dx = _fused.backward(dy, input, w, b, NONE, statistics, dx, *options, ALONE)[0]
+        dx, grad_weight, grad_bias, g = found
         return (
             dx,
             None if weight is None else grad_weight,
@@ -177,22 +148,6 @@ class _FusedNorm(torch.autograd.Function):
             (grad_output if gate is None else g) if has_residual else None,
             None,
         )
-
-
-def _sum_over_ranks(comm: Communicator, tensors: tuple[Tensor, ...], options: tuple[bool, int, float]) -> Any:
-    """Returns what the operator backward returns; if that is UNSENT, the sums are of all ranks by then."""
-    if type(comm) is LocalCommunicator:
-        return _fused.backward(*tensors, *options, ALONE)
-    if memory := shared_memory_of(comm):
-        with memory.direct() as address:
-            found = _fused.backward(*tensors, *options, address)
-            if found[4] == UNSENT:
-                memory.go_on(found[0])
-    else:
-        found = _fused.backward(*tensors, *options, BY_CALLER)
-        if found[4] == UNSENT:
-            comm.all_reduce(found[0])
-    return found
 
 
 class _Context:

@@ -1,10 +1,12 @@
 """The operators that torch sees where it traces: torch.compile, torch.export, make_fx, modes, tensor subclasses.
 
-    norm           =  reduce -> normalise
-    norm_backward  =  backward_reduce -> backward_elemt
+    norm           =  forward, which is reduce -> normalise
+    norm_backward  =  backward
     sum_over_ranks =  all_reduce
 
-Those on the left are made of those on the right when a compiler looks at them; `norm` carries autograd. A group enters
+Those on the left are made of those on the right when a compiler looks at them; `norm` carries autograd. It is made of
+reduce and normalise for selective checkpointing, which can then keep what was sent alone (16 C + 8 bytes); else one
+operator each way costs a small layer half as much. A group enters
 a graph as a name, see comm.communicator_named.
 
 The order of messages is a data dependency: what sends takes the result of what sent before it in the same graph, as
@@ -19,53 +21,59 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from math import isfinite
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from .. import core
 from ..comm import Communicator, communicator_named
 from ..core import Running
-from ..kernels import Epilogue, fused, select
+from ..kernels import Epilogue, select
 from ..kernels.contract import refuse_mask
+from . import direct
 from .autograd import BatchStatsNorm
 from .checks import backward_message, check_forward, check_operator, check_vector, forward_message
 from .outputs import (
     empty_like,
-    fake_backward_elemt,
-    fake_backward_reduce,
+    fake_backward,
+    fake_forward,
     fake_normalise,
     fake_reduce,
     gradients,
     no_tensor,
 )
 from .recomputation import is_recomputing, reduce
-from .recomputation import local as recordings
 
 _C: Any = torch._C
 
+_SELECTIVE: Any = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
+
 library: Any = torch.library.Library("syncbn", "DEF")  # type: ignore[no-untyped-call]
+
+# An argument of what is made of other operators: torch's caches on disk know a compiled graph by the calls that were
+# traced, not by what they were made of. To be raised whenever that changes.
+CUT = 2
 
 _ACTIVATION = "str activation, float slope"
 _RUNNING = "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked"
 _VECTORS = "Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask"
 _SCHEMAS = (
     f"norm(Tensor x, {_VECTORS}, {_RUNNING}, SymInt num_features, "
-    f"float? momentum, float eps, {_ACTIVATION}, str group, str label) -> Tensor",
+    f"float? momentum, float eps, {_ACTIVATION}, str group, str label, int cut) -> Tensor",
+    f"forward(Tensor x, {_VECTORS}, {_RUNNING}, Tensor? after, SymInt num_features, "
+    f"float? momentum, float eps, {_ACTIVATION}, str group, str label) -> (Tensor, Tensor)",
     f"reduce(Tensor x, {_VECTORS}, Tensor? running_mean, Tensor? running_var, Tensor? after, SymInt num_features, "
     f"float? momentum, float eps, {_ACTIVATION}, str group, str label) -> (Tensor, Tensor)",
     f"normalise(Tensor x, Tensor moments, Tensor center, {_VECTORS}, {_RUNNING}, float? momentum, float eps, "
     f"{_ACTIVATION}, str group) -> (Tensor, Tensor)",
-    "backward_reduce(Tensor dy, Tensor x, Tensor statistics, Tensor? weight, Tensor? bias, Tensor? gate, Tensor? mask, "
-    f"ScalarType? bias_dtype, Tensor? after, {_ACTIVATION}, str group, str label) -> "
-    "(Tensor, Tensor, Tensor, Tensor)",
-    "backward_elemt(Tensor dy, Tensor x, Tensor statistics, Tensor sums, Tensor? weight, Tensor? bias, Tensor? mask, "
-    f"{_ACTIVATION}) -> Tensor",
+    "backward(Tensor dy, Tensor x, Tensor statistics, Tensor? weight, Tensor? bias, Tensor? gate, Tensor? mask, "
+    f"ScalarType? bias_dtype, Tensor? after, {_ACTIVATION}, str group, str label) -> (Tensor, Tensor, Tensor, Tensor)",
     "norm_backward(Tensor dy, Tensor x, Tensor statistics, Tensor? weight, Tensor? bias, Tensor? gate, Tensor? mask, "
-    f"ScalarType? bias_dtype, {_ACTIVATION}, str group, str label) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"ScalarType? bias_dtype, {_ACTIVATION}, str group, str label, int cut) -> (Tensor, Tensor, Tensor, Tensor)",
     "sum_over_ranks(Tensor v, str group) -> Tensor",
     "all_reduce(Tensor v, Tensor? after, str group) -> Tensor",
 )
@@ -75,19 +83,25 @@ for _schema in _SCHEMAS:
 _sent: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()  # what was sent last, by what records a graph
 
 
-def in_order(send: Callable[[Tensor | None], Any]) -> Any:
+def in_order(send: Callable[[Tensor | None], Any], which: int = 0) -> Any:
     """Returns send(after), which is recorded after what was sent before in the same graph.
 
     Args:
-        send: calls an operator that sends; its result, or the first of them, stands for what was sent.
+        send: calls an operator that sends.
+        which: of several results, the number of the one that stands for what was sent; it lives until the next message.
     """
     keys = _C._TorchDispatchModeKey
     recorder = _C._get_dispatch_mode(keys.PROXY) or _C._get_dispatch_mode(keys.FUNCTIONAL)
     if recorder is None:
         return send(None)
     results = send(_sent.get(recorder))
-    _sent[recorder] = results if isinstance(results, Tensor) else results[0]
+    _sent[recorder] = results if isinstance(results, Tensor) else results[which]
     return results
+
+
+def _is_selective() -> bool:
+    """Whether selective checkpointing looks on, and says for each operator whether its results are kept."""
+    return any(isinstance(mode, _SELECTIVE) for mode in _get_current_dispatch_mode_stack())
 
 
 class TracedCall:
@@ -113,7 +127,7 @@ class TracedCall:
         running, epilogue = self.running, self.epilogue
         y: Tensor = torch.ops.syncbn.norm.default(
             input, weight, bias, residual, None, *running[:3], num_features,
-            running.momentum, self.eps, epilogue.activation, epilogue.slope, self.group, self.label,
+            running.momentum, self.eps, epilogue.activation, epilogue.slope, self.group, self.label, CUT,
         )  # fmt: skip
         return y
 
@@ -124,7 +138,7 @@ class TracedCall:
             grad_output = torch.zeros_like(input)
         dx, grad_weight, grad_bias, g = torch.ops.syncbn.norm_backward.default(
             grad_output, input, statistics, weight, bias, gate, None, ctx.bias_dtype, *self.epilogue[:2], self.group,
-            self.label,
+            self.label, CUT,
         )  # fmt: skip
         if gate is not None:  # grad_output went through the activation
             grad_output = g
@@ -149,6 +163,15 @@ class _NormCall(TracedCall):
     ) -> tuple[Tensor, Tensor]:
         vectors = weight, bias, residual, None
         running, (activation, slope, _) = self.running, self.epilogue
+        if not _is_selective():
+            found: tuple[Tensor, Tensor] = in_order(
+                lambda after: torch.ops.syncbn.forward.default(
+                    input, *vectors, *running[:3], after, self.num_features, running.momentum, self.eps, activation,
+                    slope, self.group, self.label,
+                ),
+                which=1,
+            )  # fmt: skip
+            return found
         moments, center = in_order(
             lambda after: torch.ops.syncbn.reduce.default(
                 input, *vectors, *running[:2], after, self.num_features, running.momentum, self.eps, activation, slope,
@@ -177,6 +200,7 @@ def _norm(
     slope: float,
     group: str,
     label: str,
+    cut: int,
 ) -> Tensor:
     refuse_mask(mask)
     running = Running(running_mean, running_var, num_batches_tracked, momentum)
@@ -199,21 +223,48 @@ def _norm_backward(
     slope: float,
     group: str,
     label: str,
+    cut: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sums, grad_weight, grad_bias, g = in_order(
-        lambda after: torch.ops.syncbn.backward_reduce.default(
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = in_order(
+        lambda after: torch.ops.syncbn.backward.default(
             dy, x, statistics, weight, bias, gate, mask, bias_dtype, after, activation, slope, group, label
-        )
+        ),
+        which=1,
     )
-    if gate is not None:  # dy went through the activation already
-        dy, activation, slope = g, "none", 0.0
-    dx = torch.ops.syncbn.backward_elemt.default(dy, x, statistics, sums, weight, bias, mask, activation, slope)
-    return dx, grad_weight, grad_bias, g
+    return found
 
 
 def _sum_over_ranks(v: Tensor, group: str) -> Tensor:
     total: Tensor = in_order(lambda after: torch.ops.syncbn.all_reduce.default(v, after, group))
     return total
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    after: Tensor | None,
+    num_features: int,
+    momentum: float | None,
+    eps: float,
+    activation: str,
+    slope: float,
+    group: str,
+    label: str,
+) -> tuple[Tensor, Tensor]:
+    moments, center = _reduce(
+        x, weight, bias, residual, mask, running_mean, running_var, after, num_features, momentum, eps, activation,
+        slope, group, label,
+    )  # fmt: skip
+    return _normalise(
+        x, moments, center, weight, bias, residual, mask, running_mean, running_var, num_batches_tracked, momentum, eps,
+        activation, slope, group,
+    )  # fmt: skip
 
 
 def _reduce(
@@ -235,20 +286,11 @@ def _reduce(
 ) -> tuple[Tensor, Tensor]:
     comm = communicator_named(group)
     running = Running(running_mean, running_var, None, 0.0 if momentum is None else momentum)
-    epilogue = Epilogue(activation, slope)
-    moments = None
     try:
-        usual = eps > 0 and isfinite(running.momentum) and not recordings.contexts
-        if usual and _are_dense(mask, x, weight, bias, residual):
-            moments = fused.stats(x, weight, bias, residual, running_mean, running_var, epilogue)
-        if moments is None or x.shape[1] != (num_features or x.shape[1]):
-            check_forward(x, num_features, running, weight, bias, eps, epilogue, residual)
-        kernels = select(x) if moments is None else None
+        check_forward(x, num_features, running, weight, bias, eps, Epilogue(activation, slope), residual)
+        kernels = select(x)
     except Exception as error:
         core.refuse(error, forward_message(x, num_features, weight, bias, running), comm)
-    if moments is not None:
-        comm.all_reduce(moments)
-        return moments, no_tensor(x, torch.float64)
     moments, center = reduce(x, kernels, comm, mask)
     return moments, no_tensor(x, torch.float64) if center is None else center
 
@@ -273,12 +315,6 @@ def _normalise(
     running, epilogue, statistics = core.NOTHING, Epilogue(activation, slope), moments.clone()
     if not is_recomputing():
         running = Running.of(running_mean, running_var, num_batches_tracked, momentum)
-    if not center.numel() and _are_dense(mask, x, weight, bias, residual):
-        done = fused.normalise(x, statistics, weight, bias, residual, running, eps, epilogue)
-        if done is not None:
-            y, _, count = done
-            core.check_count(count, communicator_named(group))
-            return y, statistics
     check_operator(x, weight, bias, epilogue, running, eps, {"residual": residual})
     check_vector("moments", moments, 2 * x.shape[1] + 1, x.device)
     check_vector("center", center, x.shape[1] if center.numel() else 0, x.device)
@@ -290,7 +326,7 @@ def _normalise(
     return y, statistics
 
 
-def _backward_reduce(
+def _backward(
     dy: Tensor,
     x: Tensor,
     statistics: Tensor,
@@ -306,13 +342,6 @@ def _backward_reduce(
     label: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     comm, epilogue = communicator_named(group), Epilogue(activation, slope)
-    if bias_dtype in (None, torch.float32) and _are_dense(mask, dy, x, weight, bias, gate):
-        done = fused.backward_reduce(dy, x, statistics, weight, bias, gate, bias_dtype is not None, epilogue)
-        if done is not None:
-            comm.all_reduce(done[0])
-            exist = weight is not None, bias_dtype is not None, gate is not None
-            found = (v if is_there else no_tensor(x, x.dtype) for v, is_there in zip(done[1:], exist, strict=True))
-            return done[0], *found  # type: ignore[return-value]
     try:
         check_operator(x, weight, bias, epilogue, alike={"a gradient": dy, "gate": gate})
         check_vector("statistics", statistics, 2 * x.shape[1] + 1, x.device)
@@ -320,36 +349,13 @@ def _backward_reduce(
             raise TypeError(f"expected bias_dtype to be a floating dtype; got {bias_dtype}: pass that of the bias")
     except Exception as error:
         core.refuse(error, backward_message(statistics.numel() // 2, statistics), comm)
+    dx = empty_like(x)
     grad_weight, grad_bias, g = gradients(x, weight, bias_dtype, gate)
-    sums = core.backward_reduce(
-        dy, x, weight, bias, None if weight is None else grad_weight, None if bias_dtype is None else grad_bias,
+    core.backward(
+        dy, x, dx, weight, bias, None if weight is None else grad_weight, None if bias_dtype is None else grad_bias,
         statistics, select(x), comm, epilogue, gate, None if gate is None else g, mask,
     )  # fmt: skip
-    return sums, grad_weight, grad_bias, g
-
-
-def _backward_elemt(
-    dy: Tensor,
-    x: Tensor,
-    statistics: Tensor,
-    sums: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    activation: str,
-    slope: float,
-) -> Tensor:
-    epilogue = Epilogue(activation, slope)
-    if _are_dense(mask, dy, x, weight, bias):
-        done = fused.backward_elemt(dy, x, statistics, sums, weight, bias, epilogue)
-        if done is not None:
-            return done
-    check_operator(x, weight, bias, epilogue, alike={"a gradient": dy})
-    check_vector("statistics", statistics, 2 * x.shape[1] + 1, x.device)
-    check_vector("sums", sums, 2 * x.shape[1], x.device)
-    dx = empty_like(x)
-    select(x).backward_elemt(dy, x, statistics, weight, bias, sums, dx, epilogue, mask)
-    return dx
+    return dx, grad_weight, grad_bias, g
 
 
 def _all_reduce(v: Tensor, after: Tensor | None, group: str) -> Tensor:
@@ -361,11 +367,6 @@ def _all_reduce(v: Tensor, after: Tensor | None, group: str) -> Tensor:
     total = v.clone()
     comm.all_reduce(total)
     return total
-
-
-def _are_dense(mask: Tensor | None, *tensors: Tensor | None) -> bool:
-    """Whether the fused calls take such tensors, or decline; others have no memory in order."""
-    return mask is None and all(v is None or v.layout is torch.strided for v in tensors)
 
 
 def _below_autograd(implementation: Callable[..., Any]) -> Callable[..., Any]:
@@ -380,10 +381,10 @@ def _below_autograd(implementation: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _IMPLEMENTATIONS: dict[str, tuple[Any, Any]] = {
+    "forward": (_forward, fake_forward),
     "reduce": (_reduce, fake_reduce),
     "normalise": (_normalise, fake_normalise),
-    "backward_reduce": (_backward_reduce, fake_backward_reduce),
-    "backward_elemt": (_backward_elemt, fake_backward_elemt),
+    "backward": (_backward, fake_backward),
     "all_reduce": (_all_reduce, lambda v, *_: torch.empty_like(v)),
 }
 for _name, _composite in {"norm": _norm, "norm_backward": _norm_backward, "sum_over_ranks": _sum_over_ranks}.items():
@@ -391,3 +392,4 @@ for _name, _composite in {"norm": _norm, "norm_backward": _norm_backward, "sum_o
 for _name, (_implementation, _fake) in _IMPLEMENTATIONS.items():
     library.impl(_name, _below_autograd(_implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"syncbn::{_name}", _fake, lib=library)
+direct.install()

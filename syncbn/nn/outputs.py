@@ -30,12 +30,29 @@ def fake_reduce(
     return x.new_empty(2 * c + 1, dtype=torch.float64), center
 
 
+def fake_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    after: Tensor | None,
+    num_features: int,
+    *_: Any,
+) -> tuple[Tensor, Tensor]:
+    vectors = weight, bias, residual, mask
+    return fake_normalise(x, *fake_reduce(x, *vectors, running_mean, running_var, after, num_features))
+
+
 def fake_normalise(x: Tensor, moments: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     y = empty_like(x, moments.shape[0] // 2)
     return y if x.is_floating_point() else y.float(), torch.empty_like(moments)
 
 
-def fake_backward_reduce(
+def fake_backward(
     dy: Tensor,
     x: Tensor,
     statistics: Tensor,
@@ -46,11 +63,7 @@ def fake_backward_reduce(
     bias_dtype: torch.dtype | None,
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return x.new_empty(statistics.shape[0] - 1, dtype=torch.float64), *gradients(x, weight, bias_dtype, gate)
-
-
-def fake_backward_elemt(dy: Tensor, x: Tensor, *_: Any) -> Tensor:
-    return empty_like(x)
+    return empty_like(x), *gradients(x, weight, bias_dtype, gate)
 
 
 def gradients(

@@ -138,7 +138,7 @@ def _two_branches(rank, group):
     x, w = torch.randn(4, 4, 8, 8), torch.randn((4, 4, 8, 8) if rank == 0 else (4, 4, 1, 1))
     found = []
     kept = operators.in_order
-    for in_order in (kept, lambda send: send(None)):
+    for in_order in (kept, lambda send, which=0: send(None)):
         operators.in_order = in_order
         torch._dynamo.reset()
         model = TwoBranches()

@@ -136,7 +136,7 @@ def test_export_and_aot_export_of_a_training_step():
     alone = copy.deepcopy(model)
     torch.testing.assert_close(torch.export.export(model, (batch(),)).module()(batch()), alone(batch()))
     joint, signature = aot_export_module(copy.deepcopy(alone), (batch(),), trace_joint=True, output_loss_index=0)
-    steps = ["backward_elemt", "backward_reduce", "loss_reduce", "normalise", "reduce"]
+    steps = ["backward", "forward", "loss_reduce"]
     text = str(joint.graph)
     assert all(f"syncbn.{step}.default" in text for step in steps)
     inputs = [*alone.parameters(), *alone.buffers(), batch()]
@@ -171,7 +171,7 @@ def tensors_of(model):
     return parameters, {name: b.clone() for name, b in model.named_buffers()}
 
 
-STEPS = ["backward_elemt", "backward_reduce", "normalise", "reduce"]
+STEPS = ["backward", "forward"]
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -10,6 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import syncbn
 from syncbn.comm import LOCAL
+from syncbn.kernels import cpu
+from syncbn.kernels.fused import fused
+from syncbn.nn.operators import CUT
 
 OPERATORS = torch.ops.syncbn
 ACTS = {"none": 0.0, "relu": 0.0, "leaky_relu": 0.01, "silu": 0.0}
@@ -28,8 +31,9 @@ def arguments(dtype="float32", format="contiguous", act="none", with_vectors=Tru
     activation, numbers = (act, ACTS[act]), (3, 0.1, 1e-5)
     found = {}
     start = [None if v is None else v.clone().requires_grad_(grad) for v in (x, weight, bias, residual)]
-    found["norm"] = (*start, None, mean, var, batches, *numbers, *activation, LOCAL, "")
+    found["norm"] = (*start, None, mean, var, batches, *numbers, *activation, LOCAL, "", CUT)
     vectors = weight, bias, residual, None
+    found["forward"] = (x, *vectors, mean, var, batches, None, *numbers, *activation, LOCAL, "")
     found["reduce"] = (x, *vectors, mean, var, None, *numbers, *activation, LOCAL, "")
     sent = OPERATORS.reduce(*found["reduce"])
     found["normalise"] = (x, *sent, *vectors, mean, var, batches, 0.1, 1e-5, *activation, LOCAL)
@@ -39,12 +43,8 @@ def arguments(dtype="float32", format="contiguous", act="none", with_vectors=Tru
         gate = residual if act == "silu" else y
     bias_dtype = None if bias is None else bias.dtype
     saved = dy, x, statistics, weight, bias if act != "none" else None, gate, None, bias_dtype
-    found["norm_backward"] = (*saved, *activation, LOCAL, "")
-    found["backward_reduce"] = (*saved, None, *activation, LOCAL, "")
-    sums, _, _, g = OPERATORS.backward_reduce(*found["backward_reduce"])
-    if gate is not None:
-        dy, activation = g, ("none", 0.0)
-    found["backward_elemt"] = (dy, x, statistics, sums, weight, bias, None, *activation)
+    found["norm_backward"] = (*saved, *activation, LOCAL, "", CUT)
+    found["backward"] = (*saved, None, *activation, LOCAL, "")
     found["all_reduce"] = (torch.randn(7, dtype=torch.float64), None, LOCAL)
     found["sum_over_ranks"] = (torch.randn(7, dtype=torch.float64), LOCAL)
     found["loss_reduce"] = (torch.tensor(1.0, dtype=of), torch.tensor(4.0), None, LOCAL)
@@ -52,7 +52,7 @@ def arguments(dtype="float32", format="contiguous", act="none", with_vectors=Tru
     return found
 
 
-PER_LAYOUT = ["norm", "reduce", "normalise", "backward_reduce", "backward_elemt"]
+PER_LAYOUT = ["norm", "forward", "reduce", "normalise", "norm_backward", "backward"]
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck looks at it, in torch 2.14
@@ -103,7 +103,6 @@ NONSENSE = {
     "moments": [r(7), f64(9), f64(2), f64(1, 7), f64(14)[::2]],
     "center": [f64(2), r(3), f64(99)],
     "statistics": [r(7), f64(2), f64(1, 7), f64(14)[::2]],
-    "sums": [r(6), f64(2), f64(12)[::2]],
     "dy": [ONE_COLUMN_LESS, f64(4, 3, 5, 6), INTS, ROWS, r(4, 3, 5, 6).to_sparse()],
     "gate": [ONE_COLUMN_LESS, f64(4, 3, 5, 6)],
     "bias_dtype": [torch.int32],
@@ -115,9 +114,10 @@ NONSENSE = {
 
 @pytest.mark.parametrize("name", arguments())
 @pytest.mark.parametrize("act", ["none", "relu"])
-def test_nonsense_is_an_error_in_words(name, act):
-    operator, right = getattr(OPERATORS, name), arguments(act=act, with_residual=act == "relu")[name]
-    names = [argument.name for argument in operator.default._schema.arguments]
+@pytest.mark.parametrize("call", [lambda packet: packet, lambda packet: packet.default], ids=["packet", "direct"])
+def test_nonsense_is_an_error_in_words(name, act, call):
+    operator, right = call(getattr(OPERATORS, name)), arguments(act=act, with_residual=act == "relu")[name]
+    names = [argument.name for argument in getattr(OPERATORS, name).default._schema.arguments]
     tried = 0
     for argument in set(names) & set(NONSENSE):
         for wrong in NONSENSE[argument]:
@@ -164,10 +164,34 @@ def test_operators_and_eager_mode_give_the_same_bits(dtype, format, with_residua
         eager = step(layer, x, residual, dy)
         with Seen() as seen:
             by_operators = step(traced, x, residual, dy)
-        assert seen.names == ["reduce", "normalise", "backward_reduce", "backward_elemt"]
+        assert seen.names == ["forward", "backward"]
         quantities = ["y", "dx", *["dresidual"] * with_residual, "weight", "bias", "mean", "var", "batches"]
         for name, a, b in zip(quantities, eager, by_operators, strict=True):
             assert torch.equal(a, b), name
             assert a.dtype == b.dtype, name
             assert a.stride() == b.stride() or name == "dresidual", name
         assert not torch.equal(step(layer, x * 1.01, residual, dy)[0], eager[0])
+
+
+@pytest.mark.skipif(fused() is None, reason="this torch lacks the C interface, or there is no C++")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_without_autograd_dense_tensors_go_straight_to_cpp(monkeypatch, dtype, format):
+    """As compiled code calls them; the packets take the general way."""
+    general = []
+    for name in ("stats", "backward_reduce"):
+        kernel = getattr(cpu, name)
+        monkeypatch.setattr(cpu, name, lambda *a, kernel=kernel: general.append(1) or kernel(*a))
+    for act, with_residual in [("none", False), ("silu", True), ("relu", True)]:
+        for name in ("forward", "backward"):
+            given = arguments(dtype, format, act, with_residual=with_residual)[name]
+            again = [v.clone() if isinstance(v, torch.Tensor) and v.dim() < 2 else v for v in given]
+            general.clear()
+            with torch.no_grad():
+                direct = getattr(OPERATORS, name).default(*given)
+                assert bool(general) == (format == "strided"), "declined"
+                slow = getattr(OPERATORS, name)(*again)
+            assert general
+            assert all(torch.equal(a, b) for a, b in zip(direct, slow, strict=True))
+            assert all(a.stride() == b.stride() for a, b in zip(direct, slow, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(given, again, strict=True) if isinstance(a, torch.Tensor))
