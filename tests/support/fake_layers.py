@@ -71,22 +71,16 @@ def _operators(x: Any, weight: Any, bias: Any, residual: Any, running: Running, 
     vectors, buffers, activation = (weight, bias, residual, None), running[:3], epilogue[:2]
     with torch.no_grad():
         with costs() as forward:
-            moments, center = implementation["reduce"](
-                x, *vectors, *buffers[:2], None, x.shape[1], running.momentum, 1e-5, *activation, "", ""
-            )
-            y, statistics = implementation["normalise"](
-                x, moments, center, *vectors, *buffers, running.momentum, 1e-5, *activation, ""
+            y, statistics = implementation["forward"](
+                x, *vectors, *buffers, None, x.shape[1], running.momentum, 1e-5, *activation, "", ""
             )
         dy, gate = torch.empty_like(y), None
         if residual is not None and epilogue.activation != "none":
             gate = residual if epilogue.activation == "silu" else y
         with costs() as backward:
-            sums, _, _, g = implementation["backward_reduce"](
+            implementation["backward"](
                 dy, x, statistics, weight, bias, gate, None, bias.dtype, None, *activation, "", ""
             )
-            if gate is not None:
-                dy, activation = g, ("none", 0.0)
-            implementation["backward_elemt"](dy, x, statistics, sums, weight, bias, None, *activation)
     return forward, backward
 
 
