@@ -21,17 +21,20 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
+from syncbn.environment import read_environment
 
+from . import compiled
 from .harness import Contender, check, measure
 from .implementations import BASE, OURS, NaiveSyncBatchNorm
-from .ranks import World, launch_over_mpi
+from .ranks import World, launch, launch_over_mpi
 from .report import Arguments, Report, positive
 from .resnet import SHAPES, resnet
 
 ABOUT = """Times training steps of a ResNet under DistributedDataParallel, with nn.BatchNorm, syncbn.SyncBatchNorm and
 a naive SyncBatchNorm: all messages over MPI (the backend mpi4py) and all over Gloo. Runs on the processes of mpirun.
 With --device cuda also with torch.nn.SyncBatchNorm, and with syncbn.SyncBatchNorm over a group of its own: all messages
-over NCCL. Runs on the processes of torchrun, or any launcher."""
+over NCCL. Runs on the processes of torchrun, or any launcher. With --compile it times chains of norm layers on CPUs
+instead, with and without torch.compile, also on one process."""
 COLUMNS = {
     "model": 9,
     "messages_over": 13,
@@ -81,11 +84,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--image", type=positive(int), default=64, metavar="P", help="their side, in pixels; default: %(default)s"
     )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="in place of networks: chains of norm layers, with and without torch.compile; on one process, too",
+    )
+    parser.several("--chain", compiled.MODELS, "with --compile: chains")
     parsed = parser.parse_args(arguments)
+    if parsed.compile and parsed.device == "cuda":
+        parser.error("expected --compile on CPUs; got --device cuda: leave one of them out")
     if parsed.device == "cuda":
         run_on_gpus(parsed)
+    elif parsed.compile and not _is_launched():
+        launch(compiled.run, 0, parsed)
     else:
-        launch_over_mpi(run, parsed)
+        launch_over_mpi(compiled.run if parsed.compile else run, parsed)
+
+
+def _is_launched() -> bool:
+    """Whether mpirun started this as one of several processes."""
+    found = read_environment()
+    return found is not None and found.world_size > 1
 
 
 def run_on_gpus(arguments: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from support import ROOT
 from support.records import MINIMAL, README, records_of
 
 import syncbn
-from benchmarks import cases, harness, implementations, kernels, layer, memory, plot, report
+from benchmarks import cases, compiled, harness, implementations, kernels, layer, memory, plot, report, step
 from benchmarks.ranks import World
 
 
@@ -66,6 +66,28 @@ def test_layer_runs_on_ranks(tmp_path):
     skipped = {row["implementation"]: row["skipped"] for row in rows}
     assert "GPU" in skipped.pop("nn.SyncBatchNorm")
     assert skipped == {"nn.BatchNorm": None, "syncbn.SyncBatchNorm": None, "naive SyncBatchNorm": None}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # inductor's own
+def test_step_compiles_chains_in_one_process(tmp_path):
+    file = tmp_path / "step.jsonl"
+    step.main(["--compile", "--chain", "tiny", "--output", str(file), *MINIMAL])
+    fingerprint, rows = records_of(file)
+    assert fingerprint["ranks"] == 0
+    names = {activation: [] for activation in compiled.ACTIVATIONS}
+    for row in rows:
+        assert row["repeats"] >= 2
+        assert row["speedup"] > 0
+        names[row["activation"]].append(row["implementation"])
+    norms = [implementations.BASE, implementations.OURS, implementations.FUSED]
+    assert names["relu"] == [name for norm in norms for name in (norm, f"torch.compile({norm})")]
+    assert names["none"] == names["relu"][:4]
+
+
+def test_a_wrong_chain_is_not_timed(monkeypatch):
+    monkeypatch.setitem(compiled.NORMS, implementations.OURS, lambda c, _: Careless(c))
+    with pytest.raises(harness.WrongResultError, match=r"tiny: syncbn.SyncBatchNorm: output: expected"):
+        step.main(["--compile", "--chain", "tiny", *MINIMAL])
 
 
 def test_memory_records_multiples_of_the_input(tmp_path):
