@@ -44,8 +44,8 @@ def sync_batch_norm(
         momentum: the weight of this batch in the running statistics.
         eps: added to the variance.
         process_group: None (the default group, or this process alone while torch.distributed is not initialised), a
-            ProcessGroup, a one-dimensional DeviceMesh, an mpi4py communicator, a syncbn.comm.Communicator, or "own" or
-            "own:SIZE" as in SyncBatchNorm.
+            ProcessGroup, a one-dimensional DeviceMesh, an mpi4py communicator, a syncbn.comm.Communicator, or "own",
+            "node" or a number of ranks as in SyncBatchNorm.
 
     Shape:
         input: (N, C, ...); running_mean, running_var, weight, bias: (C,); the result: as input, in its memory format.

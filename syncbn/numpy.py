@@ -30,8 +30,9 @@ class SyncBatchNorm:
         affine: whether to have weight and bias.
         track_running_stats: whether to keep running_mean, running_var and num_batches_tracked. Without them evaluation
             normalises by the statistics of this rank's batch.
-        comm: an mpi4py communicator, a syncbn.comm.Communicator, or None for this process alone. A copy of the layer
-            keeps it; a pickled layer loses it, and says so when it is trained before `layer.comm` is set again.
+        comm: an mpi4py communicator, a syncbn.comm.Communicator, "own", "node" or a number of ranks as in
+            syncbn.SyncBatchNorm, or None for this process alone. A copy of the layer keeps it; so does a pickled layer
+            names and numbers, but it loses any other, and says so when it is trained before `layer.comm` is set again.
         dtype: of the parameters and running statistics, float16, float32 or float64.
 
     Attributes:

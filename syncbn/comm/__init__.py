@@ -4,7 +4,7 @@
 |---------------|---------------------------------------------------------|
 | local         | nothing: a world of one                                 |
 | torch         | any torch.distributed ProcessGroup                      |
-| own           | ... of which one that only layers use, by name          |
+| own           | groups that only layers use, of all ranks, by host or k |
 | shared_memory | memory that the ranks of a Gloo group on one host share |
 | mpi           | an mpi4py communicator                                  |
 """
@@ -20,6 +20,7 @@ from weakref import WeakValueDictionary
 
 from .labels import Label as Label
 from .local import LocalCommunicator as LocalCommunicator
+from .own import is_own, named
 
 
 @runtime_checkable
@@ -57,14 +58,19 @@ def as_communicator(group: Any, argument: str = "process_group") -> Communicator
 
     Args:
         group: None (torch.distributed's default group if initialised, else this process alone), a ProcessGroup, a
-            one-dimensional DeviceMesh, an mpi4py communicator, a Communicator, or "own" or "own:SIZE" for a group of
-            torch.distributed's that only layers send over (see own_group; while torch.distributed is not initialised,
-            this process alone).
+            one-dimensional DeviceMesh, an mpi4py communicator, a Communicator, or for a group that only layers send
+            over "own" (all ranks), "node" (those of this rank's host), or a number k (k consecutive ranks).
         argument: the argument's name, for the error message.
+
+    Collective:
+        at the first call for each of the last three: all ranks must call, in the same order, for it makes the groups.
+        Building or converting the model on all ranks does. They are of torch.distributed's default group; while that
+        is not initialised of MPI.COMM_WORLD, if mpi4py.MPI is loaded; else this process alone.
 
     Raises:
         TypeError: any other group.
-        ValueError: a group that this process is not in, a mesh of more than one dimension, or an intercommunicator.
+        ValueError: a group that this process is not in, a mesh of more than one dimension, an intercommunicator, or a
+            number that is not at least 1 or does not divide the number of ranks.
         LaunchError: an MPI world of one process where a launcher started several.
         RuntimeError: MPI is not initialised.
     """
@@ -72,14 +78,21 @@ def as_communicator(group: Any, argument: str = "process_group") -> Communicator
         communicator = communicator_of(group)
         if communicator is not None:
             return communicator
+    if is_own(group):  # nothing is initialised
+        return as_communicator(None)
     if group is None:
         return LocalCommunicator()
+    if isinstance(group, int) and not isinstance(group, bool):
+        raise ValueError(
+            f"expected {argument}, where it is a number of ranks, to be at least 1; got {group}: choose one that "
+            "divides the number of all ranks"
+        )
     if isinstance(group, Communicator) and not isinstance(group, type):
         return group
     raise TypeError(
         f"expected {argument} to be None, a ProcessGroup, a one-dimensional DeviceMesh, an mpi4py communicator, a "
-        f'Communicator, or with torch.distributed "own" or "own:SIZE"; got {_kind(group)}: see '
-        "syncbn.comm.Communicator for what one of your own must have"
+        f'Communicator, "own", "node", or a number of ranks; got {_kind(group)}: see syncbn.comm.Communicator for what '
+        "one of your own must have"
     )
 
 
@@ -114,7 +127,7 @@ class Group(Protocol):
 
 
 class GroupHandle:
-    """Holds a layer's group. Copies share the group; pickles drop it, for it holds open connections, but keep names.
+    """Holds a layer's group. Copies share it; pickles keep names and numbers, and drop what holds open connections.
 
     Args:
         group: any argument of as_communicator; as_communicator checks it at the first use.
@@ -126,16 +139,16 @@ class GroupHandle:
     def __init__(self, group: Any) -> None:
         self.group = group
         self._communicator: Communicator | None = None
-        if isinstance(group, str):
-            self.name = group
+        self._is_lasting = group is None or is_own(group)  # it outlives the process, and depends on what is initialised
+        if self._is_lasting:
+            self.name = "" if group is None else str(group)
         else:
-            self.name = "" if group is None else f"group-{next(_numbers)}"
-        if self.name and not isinstance(group, str):
+            self.name = f"group-{next(_numbers)}"
             _handles[self.name] = self
 
     def communicator(self, argument: str = "process_group") -> Communicator:
         """Returns as_communicator(group, argument), cached unless the group depends on what is initialised."""
-        if self.group is None or isinstance(self.group, str):
+        if self._is_lasting:
             of_torch = _functions.get("torch.distributed")  # the shortest way, for every call of a layer comes here
             found = None if of_torch is None else of_torch(self.group)
             return found or as_communicator(self.group, argument)
@@ -147,7 +160,7 @@ class GroupHandle:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return GroupHandle, (self.group if self.group is None or isinstance(self.group, str) else _UnpickledGroup(),)
+        return GroupHandle, (self.group if self._is_lasting else _UnpickledGroup(),)
 
 
 _numbers = itertools.count()
@@ -158,8 +171,8 @@ LOCAL = "local"
 
 def named_group(group: Any) -> str:
     """Returns a name for a `process_group` argument that communicator_named resolves, for a graph."""
-    if group is None or isinstance(group, str):
-        return group or ""
+    if group is None or is_own(group):
+        return "" if group is None else str(group)
     if isinstance(group, LocalCommunicator):
         return LOCAL
     if hasattr(group, "group_name"):  # a ProcessGroup
@@ -179,7 +192,7 @@ def communicator_named(name: str) -> Communicator:
 
     Args:
         name: "" for the default group at the time of the call, LOCAL for this process alone, a GroupHandle's name,
-            which may be that of an own group, or "pg:" and the name that torch.distributed gave a ProcessGroup.
+            the name or number of an own group, or "pg:" and the name that torch.distributed gave a ProcessGroup.
 
     Raises:
         RuntimeError: the group is gone: the last layer that had it, or torch.distributed's group, was deleted.
@@ -190,8 +203,8 @@ def communicator_named(name: str) -> Communicator:
         return LocalCommunicator()
     if name.startswith("pg:"):
         return as_communicator(_named_by_torch(name))
-    if name.startswith("own"):
-        return as_communicator(name)
+    if (own := named(name)) is not None:
+        return as_communicator(own)
     handle = _handles.get(name)
     if handle is None:
         raise RuntimeError(
@@ -226,9 +239,9 @@ class _UnpickledGroup:
         )
 
 
-# Libraries with groups, the cheapest to ask first, and the module here whose communicator_of(group) returns a
-# communicator, or None for a group of another library.
-_LIBRARIES = {"mpi4py.MPI": "mpi", "torch.distributed": "torch"}
+# Libraries with groups, and the module here whose communicator_of(group) returns a communicator, or None for a group
+# of another library. Names are of the first one's ranks that is initialised.
+_LIBRARIES = {"torch.distributed": "torch", "mpi4py.MPI": "mpi"}
 _functions: dict[str, Callable[[Any], Communicator | None]] = {}
 
 

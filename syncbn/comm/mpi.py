@@ -12,8 +12,10 @@ from mpi4py import MPI
 from ..environment import Launch, LaunchError, rank_prefix, read_environment
 from .labels import Label
 from .local import LocalCommunicator
+from .own import host, is_own, parts
 
 _IN_PLACE, _DOUBLE, _memory = MPI.IN_PLACE, MPI.DOUBLE, MPI.buffer.fromaddress
+_own_comms: dict[Any, Any] = {}  # as comm.torch's groups, of MPI.COMM_WORLD
 _float64_dtypes: set[Any] = set()  # torch's and NumPy's float64, once seen
 _THREAD_LEVELS = {
     MPI.THREAD_SINGLE: "MPI_THREAD_SINGLE",
@@ -131,7 +133,15 @@ class MPICommunicator:
 
 
 def communicator_of(group: Any) -> MPICommunicator | LocalCommunicator | None:
-    """Returns the communicator for an mpi4py communicator, and None for anything else. See as_communicator."""
+    """Returns the communicator for an mpi4py communicator, or of an MPI world of several ranks for a name or number.
+
+    None for anything else. See as_communicator.
+    """
+    if is_own(group):
+        is_running = MPI.Is_initialized() and not MPI.Is_finalized()
+        if not is_running or MPI.COMM_WORLD.Get_size() == 1:
+            return None
+        group = _own_comm(group)
     if not isinstance(group, MPI.Comm):
         return None
     if group == MPI.COMM_NULL:
@@ -150,6 +160,19 @@ def communicator_of(group: Any) -> MPICommunicator | LocalCommunicator | None:
     if group != MPI.COMM_SELF and MPI.COMM_WORLD.Get_size() == 1:
         check_world(read_environment())
     return LocalCommunicator()
+
+
+def _own_comm(group: str | int) -> Any:
+    """Returns the communicator of those ranks of MPI.COMM_WORLD; made at the first call, by all ranks. See own."""
+    if group not in _own_comms:
+        world = MPI.COMM_WORLD
+        rank = world.Get_rank()
+        all_ranks = parts(group, rank, world.Get_size(), lambda: world.allgather(host()))
+        if all_ranks not in _own_comms:  # under another name
+            color = next(i for i, ranks in enumerate(all_ranks) if rank in ranks)
+            _own_comms[all_ranks] = world.Split(color, rank)
+        _own_comms[group] = _own_comms[all_ranks]
+    return _own_comms[group]
 
 
 def check_world(launch: Launch | None) -> None:

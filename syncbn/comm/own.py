@@ -1,64 +1,63 @@
-"""Process groups of torch.distributed that only layers send over: "own", of all ranks, or "own:8", of 8 ranks each.
+"""Groups of a world's ranks by what they are to be: "own", "node", or a number of ranks.
 
-Messages of one group run one after the other. Those of layers wait behind the gradients that DistributedDataParallel
-sends over the default group, and mix with them where the order of the two differs between ranks. Over a group of their
-own they do neither.
+They are made once a process, and only layers send over them. Messages of one group run one after the other: those of
+layers would wait behind the gradients that DistributedDataParallel sends over the default group, and mix with them
+where the order of the two differs between ranks.
 """
 
 from __future__ import annotations
 
-import re
-from datetime import timedelta
-from typing import Any
-from weakref import WeakKeyDictionary
+import socket
+from collections.abc import Callable
+from typing import Any, TypeGuard
 
-import torch.distributed as dist
+from ..environment import rank_prefix
 
-_NAME = re.compile(r"own(?::([1-9]\d*))?")
-# For each default group, and each number of ranks, the group that this process is in.
-_groups: WeakKeyDictionary[dist.ProcessGroup, dict[int, dist.ProcessGroup]] = WeakKeyDictionary()
+_NAMES = ("own", "node")
 
 
-def is_own(group: Any) -> bool:
-    """Whether a `process_group` argument is such a name."""
-    return isinstance(group, str) and _NAME.fullmatch(group) is not None
+def is_own(group: Any) -> TypeGuard[str | int]:
+    """Whether a `process_group` argument is such a name, or a number of ranks."""
+    if isinstance(group, int):
+        return group > 0 and not isinstance(group, bool)
+    return isinstance(group, str) and group in _NAMES
 
 
-def own_group(name: str, world: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """Returns the group that "own" or "own:SIZE" stands for, or None for the default group `world` of None.
+def named(name: str) -> str | int | None:
+    """Returns what has that name in a graph, str(group), or None where no such group has it."""
+    if name.isdecimal():
+        return int(name)
+    return name if name in _NAMES else None
 
-    Collective:
-        at the first call for a size in a default group: all its ranks must make it, in one order of sizes, for it makes
-        the groups. Building or converting the model on all ranks does.
+
+def host() -> str:
+    """Returns what tells this host from others: "node" groups ranks that have it in common."""
+    return socket.gethostname()
+
+
+def parts(
+    group: str | int, rank: int, world_size: int, gather_hosts: Callable[[], list[str]]
+) -> tuple[tuple[int, ...], ...]:
+    """Returns the ranks of each group, the same on all ranks: by host in the order of their first ranks, else in order.
+
+    Args:
+        group: is_own.
+        rank, world_size: this process's rank, and the number of ranks, of the world that is divided.
+        gather_hosts: returns host() of each rank. All ranks call it, for "node".
 
     Raises:
-        ValueError: a size that does not divide the number of ranks.
+        ValueError: a number of ranks that does not divide world_size. It is raised on every rank.
     """
-    match = _NAME.fullmatch(name)
-    assert match
-    if world is None:
-        return None
-    size = int(match[1] or world.size())
-    if world.size() % size:
+    if group == "node":
+        ranks_by_host: dict[str, list[int]] = {}
+        for other, its_host in enumerate(gather_hosts()):
+            ranks_by_host.setdefault(its_host, []).append(other)
+        return tuple(map(tuple, ranks_by_host.values()))
+    size = world_size if group == "own" else int(group)
+    if world_size % size:
         raise ValueError(
-            f'expected SIZE in "own:SIZE" to divide the number of ranks, {world.size()}; got {size}: choose another, '
-            "or make groups of different sizes with torch.distributed.new_group"
+            f"{rank_prefix(rank, world_size)}expected a number of ranks in each group that divides that of all, "
+            f"{world_size}; got {size}: choose another, or make groups of different sizes with "
+            "torch.distributed.new_group or MPI's Split"
         )
-    made = _groups.setdefault(world, {})
-    if size not in made:
-        for first in range(0, world.size(), size):
-            group: Any = dist.new_group(list(range(first, first + size)), timeout=_timeout(world), group_desc="syncbn")
-            if first <= world.rank() < first + size:
-                made[size] = group
-    return made[size]
-
-
-def _timeout(world: Any) -> timedelta | None:
-    """Returns the default group's timeout, or None for torch's own where its backend tells none."""
-    for device in getattr(world, "_device_types", ()):
-        backend = world._get_backend(device)
-        options = getattr(getattr(backend, "wrapped_pg", backend), "options", None)  # of TORCH_DISTRIBUTED_DEBUG=DETAIL
-        timeout: timedelta | None = getattr(options, "_timeout", None)
-        if timeout is not None:
-            return timeout
-    return None
+    return tuple(tuple(range(first, first + size)) for first in range(0, world_size, size))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -13,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..environment import LaunchError, rank_prefix, read_environment
 from .labels import Label
 from .local import LocalCommunicator
-from .own import is_own, own_group
+from .own import host, is_own, parts
 from .shared_memory import HANDSHAKE_BYTES, SharedMemory, join
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 # The shared memory, or None, of each group that has summed CPU tensors; freed with the group.
 _shared_memories: WeakKeyDictionary[dist.ProcessGroup, SharedMemory | None] = WeakKeyDictionary()
 _UNKNOWN: Any = object()
+# For each default group, by name and by the ranks of all groups, the group that this process is in.
+_own_groups: WeakKeyDictionary[dist.ProcessGroup, dict[Any, dist.ProcessGroup]] = WeakKeyDictionary()
 
 _SUM = dist.AllreduceOptions()  # whose reduction is a sum
 if hasattr(_SUM, "asyncOp"):  # newer torch's: on the current stream
@@ -130,10 +133,57 @@ def _sends_over_gloo(group: dist.ProcessGroup) -> bool:
         return False
 
 
+def _own_group(group: str | int, world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Returns the group of the ranks of `world`, the default group, that "own", "node" or a number stands for.
+
+    Collective:
+        at the first call for a group: all ranks must make the same ones in the same order, for it makes them.
+
+    Raises:
+        ValueError: a number that does not divide the number of ranks, on every rank.
+    """
+    made = _own_groups.setdefault(world, {})
+    if group not in made:
+        rank = world.rank()
+        all_ranks = parts(group, rank, world.size(), lambda: _hosts(rank, world.size()))
+        if all_ranks not in made:  # under another name
+            for ranks in all_ranks:
+                new: Any = dist.new_group(list(ranks), timeout=_timeout(world), group_desc="syncbn")
+                if rank in ranks:
+                    made[all_ranks] = new
+        made[group] = made[all_ranks]
+    return made[group]
+
+
+def _hosts(rank: int, world_size: int) -> list[str]:
+    """Returns the host of each rank, by the store: messages may need an accelerator that is not set yet."""
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"syncbn/host/{rank}", host())
+    return [store.get(f"syncbn/host/{other}").decode() for other in range(world_size)]
+
+
+def _timeout(world: Any) -> timedelta | None:
+    """Returns the default group's timeout, or None for torch's own where its backend tells none."""
+    for device in getattr(world, "_device_types", ()):
+        backend = world._get_backend(device)
+        options = getattr(getattr(backend, "wrapped_pg", backend), "options", None)  # of TORCH_DISTRIBUTED_DEBUG=DETAIL
+        timeout: timedelta | None = getattr(options, "_timeout", None)
+        if timeout is not None:
+            return timeout
+    return None
+
+
 def communicator_of(group: Any) -> Communicator | None:
-    """Returns the communicator for None, a name or a torch group, and None for anything else. See as_communicator."""
-    if group is None or is_own(group):
-        group = dist.group.WORLD if group is None else own_group(group, dist.group.WORLD)
+    """Returns the communicator for None, a torch group, or with torch.distributed initialised a name or number.
+
+    None for anything else. See as_communicator.
+    """
+    if is_own(group):
+        if dist.group.WORLD is None:
+            return None
+        group = _own_group(group, dist.group.WORLD)
+    elif group is None:
+        group = dist.group.WORLD
         if group is None:  # torch.distributed is not initialised
             _warn_if_launched()
             return LocalCommunicator()

@@ -35,10 +35,10 @@ class SyncBatchNorm(_BatchNorm):
         track_running_stats: whether to keep running_mean, running_var and num_batches_tracked. Without them evaluation
             normalises by the statistics of this rank's batch.
         process_group: None (the default group, or this process alone while torch.distributed is not initialised), a
-            ProcessGroup, a one-dimensional DeviceMesh, an mpi4py communicator, a syncbn.comm.Communicator, or a name:
-            "own" for a group of all ranks that only layers send over, "own:8" for such groups of 8 ranks. A copy of
-            the layer keeps it; a pickled layer loses it, and says so when it is trained before `layer.process_group` is
-            set again.
+            ProcessGroup, a one-dimensional DeviceMesh, an mpi4py communicator, a syncbn.comm.Communicator, or a group
+            that only layers send over: "own" for all ranks, "node" for the ranks of one host, a number k for k
+            consecutive ranks. A copy of the layer keeps it; so does a pickled layer names and numbers, but it loses
+            any other, and says so when it is trained before `layer.process_group` is set again.
         device, dtype: of the parameters and buffers.
         **newer: further keywords of the installed torch's BatchNorm, e.g. bias=False.
 

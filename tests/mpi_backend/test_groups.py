@@ -112,6 +112,26 @@ def test_syncbn_sends_over_the_groups_communicator():
         assert type(syncbn.comm.as_communicator(group)) is syncbn.comm.LocalCommunicator
 
 
+@pytest.mark.parametrize("group", ["own", "node", 1, *([2] if MPI.COMM_WORLD.size % 2 == 0 else [])])
+def test_groups_by_name_and_by_size(group, monkeypatch):
+    hosts = "aba" + "a" * size()
+    monkeypatch.setattr("socket.gethostname", lambda: hosts[rank()])
+    communicator = syncbn.comm.as_communicator(group)
+    members = {
+        "own": list(range(size())),
+        "node": [r for r in range(size()) if hosts[r] == hosts[rank()]],
+        1: [rank()],
+        2: [rank() // 2 * 2, rank() // 2 * 2 + 1],
+    }[group]
+    assert (communicator.rank, communicator.world_size) == (members.index(rank()), len(members))
+    buffer = torch.tensor([10.0 ** rank()], dtype=torch.float64)
+    communicator.all_reduce(buffer)
+    assert buffer.item() == sum(10.0**r for r in members)
+    if len(members) > 1:
+        assert type(communicator) is MPICommunicator
+        assert communicator is syncbn.comm.as_communicator(group)
+
+
 def test_a_mesh_has_groups_of_this_backend():
     from torch.distributed.device_mesh import init_device_mesh
 
