@@ -77,8 +77,9 @@ _SCHEMAS = (
     "sum_over_ranks(Tensor v, str group) -> Tensor",
     "all_reduce(Tensor v, Tensor? after, str group) -> Tensor",
 )
+# Any strides will do: inductor would otherwise copy what convolutions return into the layout that was traced.
 for _schema in _SCHEMAS:
-    library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
 
 _sent: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()  # what was sent last, by what records a graph
 
