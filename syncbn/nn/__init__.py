@@ -4,6 +4,7 @@ from .convert import convert_sync_batchnorm, revert_sync_batchnorm
 from .layer import SyncBatchNorm
 from .loss import scale_loss
 from .norm_act import SyncBatchNormAct
+from .population import recalibrate
 from .recomputation import checkpoint_contexts
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "SyncBatchNormAct",
     "checkpoint_contexts",
     "convert_sync_batchnorm",
+    "recalibrate",
     "revert_sync_batchnorm",
     "scale_loss",
 ]

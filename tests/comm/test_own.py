@@ -174,7 +174,7 @@ def test_trap_29_evaluation_under_ddp_takes_the_statistics_of_rank_0s_group():
     assert [r[0] for r in broadcast] == [first] * 2 + [0.5 * 0.75 + 0.5 * 20.5] * 2
     assert [r[2] for r in broadcast] == [first] * 4
     assert len({r[1] for r in broadcast}) == 1
-    assert "Pass `broadcast_buffers=False`" in (ROOT / "syncbn" / "README.md").read_text()
+    assert "`broadcast_buffers=False`" in (ROOT / "syncbn" / "README.md").read_text()
 
 
 def _beside_ddp(rank, world):

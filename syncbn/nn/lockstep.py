@@ -1,0 +1,129 @@
+"""Batches on several ranks at once: ranks that have no more go on with empty ones, while another rank has any."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from .. import core
+from ..comm import Communicator
+
+_END: Any = object()
+_SQUARABLE = 65521  # sums of squares of smaller numbers, over a million ranks, are exact in float64
+_WITHOUT_DATA = (type(None), bool, int, float, complex, str, bytes)
+
+
+def message(comm: Communicator, device: torch.device) -> Tensor:
+    """Returns what every rank sends before each step, of zeros; core.refuse can send it, too."""
+    return torch.zeros(2 + comm.world_size, dtype=torch.float64, device=device)
+
+
+def in_lockstep(
+    batches: Iterable[Any], signature: int, comm: Communicator, device: torch.device
+) -> Iterator[tuple[Any, bool]]:
+    """Yields (batch, True) for each of this rank's batches, then (an empty batch, False) while another rank has any.
+
+    A rank that had no batch gets an empty one that is like the first of another rank.
+
+    Args:
+        batches: of this rank; tensors and arrays in them have samples along axis 0.
+        signature: a whole number of at least 0 that must be the same on all ranks; compared modulo a prime.
+        comm, device: over which, and from where, messages are sent.
+
+    Collective:
+        one all_reduce of 2 + world_size float64 a step and one at the end; where some ranks have no batch at all, two
+        more.
+
+    Raises:
+        RuntimeError: another rank raised an error where it should have sent, or has another signature.
+        TypeError: a batch with objects that cannot be emptied, on a rank that has to.
+        Exception: what `batches` raises.
+    """
+    signature %= _SQUARABLE
+    iterator: Iterator[Any] | None = None
+    batch: Any = _END
+    has_more = is_first = True
+    while True:
+        sent = message(comm, device)
+        try:
+            iterator = iter(batches) if iterator is None else iterator
+            if has_more:
+                previous, batch = batch, next(iterator, _END)
+                has_more = batch is not _END
+                if not has_more and previous is not _END:
+                    batch = _emptied(previous)
+        except Exception as error:
+            core.refuse(error, sent, comm)
+        sent[0], sent[1], sent[2 + comm.rank] = signature, signature**2, has_more
+        comm.all_reduce(sent)
+        total, squares, *there = sent.tolist()
+        _check_others(total, comm)
+        # The ranks' signatures are all this one exactly if their mean is, and the mean of their squares its square.
+        if (total, squares) != (comm.world_size * signature, comm.world_size * signature**2):
+            raise RuntimeError(
+                f"{core.rank_prefix(comm)}expected the same layers in training mode on all ranks; got others on some: "
+                "build the model, and freeze its layers, alike on all"
+            )
+        if not any(there):
+            return
+        if is_first and not all(there):
+            example = _from_rank(there.index(1.0), batch, comm, device)
+            batch = batch if has_more else example
+        is_first = False
+        yield batch, has_more
+
+
+def _from_rank(source: int, batch: Any, comm: Communicator, device: torch.device) -> Any:
+    """Returns a batch without samples that is like that of rank `source`, with its tensors on `device`."""
+    length, data = torch.zeros(1, dtype=torch.float64, device=device), b""
+    if comm.rank == source:
+        try:
+            file = io.BytesIO()
+            torch.save(pytree.tree_map(lambda v: v.cpu() if isinstance(v, Tensor) else v, _emptied(batch)), file)
+            data = file.getvalue()
+        except Exception as error:
+            core.refuse(error, length, comm)
+        length[0] = len(data)
+    comm.all_reduce(length)
+    _check_others(length.item(), comm)
+    content = torch.zeros(int(length.item()), dtype=torch.float64, device=device)
+    if comm.rank == source:
+        content.copy_(torch.tensor(list(data), dtype=torch.float64))
+    comm.all_reduce(content)  # the bytes, one a number
+    received = io.BytesIO(bytes(content.to("cpu", torch.uint8).numpy()))
+    # Of a rank of this program, with whatever containers its batches have.
+    example = torch.load(received, weights_only=False)
+    return pytree.tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, example)
+
+
+def _check_others(sent: float, comm: Communicator) -> None:
+    if math.isnan(sent):
+        raise RuntimeError(
+            f"{core.rank_prefix(comm)}expected every rank to go on; another rank raised an error instead: see that "
+            "rank's message"
+        )
+
+
+def _emptied(batch: Any) -> Any:
+    """Returns a batch without samples that is otherwise like this one."""
+
+    def emptied(v: Any) -> Any:
+        if isinstance(v, Tensor):
+            return v[:0].clone() if v.dim() else v  # a clone, for a view would keep, and be sent with, all of it
+        if isinstance(v, np.ndarray):
+            return v[:0].copy() if v.ndim else v
+        if isinstance(v, _WITHOUT_DATA):
+            return v
+        raise TypeError(
+            f"expected batches of tensors, for ranks that run out of them go on with empty ones; got "
+            f"{type(v).__name__}: pass batches of tensors, or the same number of them on all ranks"
+        )
+
+    return pytree.tree_map(emptied, batch)
