@@ -239,7 +239,7 @@ def test_the_group_argument_reaches_every_layer():
 
 def test_a_group_of_an_unknown_kind_is_refused_before_anything_is_converted():
     network = nn.Sequential(nn.BatchNorm1d(3))
-    for bad in (3, "world", types.SimpleNamespace(rank=0)):
+    for bad in (3.0, "world", types.SimpleNamespace(rank=0)):
         with pytest.raises(TypeError, match="expected process_group to be None, a ProcessGroup"):
             syncbn.convert_sync_batchnorm(network, bad)
     assert type(network[0]) is nn.BatchNorm1d
