@@ -34,7 +34,7 @@ def serves(x: Tensor) -> bool:
         if not torch.cuda.is_available():  # x has no memory: a fake
             return False
         if torch.cuda.is_current_stream_capturing():
-            return importlib.util.find_spec("triton") is not None  # to compile is not to be tried within a capture
+            return _is_installed()  # to compile is not to be tried within a capture
         reason = _tried[index] = _try(x.device)
         if reason:
             warnings.warn(
@@ -48,7 +48,7 @@ def serves(x: Tensor) -> bool:
 
 def absence() -> str:
     """Returns why the kernels cannot be used in this process, and what to do, or ""."""
-    if importlib.util.find_spec("triton") is None:
+    if not _is_installed():
         return _TRITON_MISSING
     if is_interpreted():
         return ""
@@ -60,9 +60,13 @@ def absence() -> str:
     return _tried[index]
 
 
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def _try(device: torch.device) -> str:
     """Runs a kernel on the device; returns why that failed, or ""."""
-    if importlib.util.find_spec("triton") is None:
+    if not _is_installed():
         return _TRITON_MISSING
     try:
         from . import calls

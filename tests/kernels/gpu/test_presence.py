@@ -20,6 +20,7 @@ class OnGpu(torch.Tensor):
 def x(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(presence, "_tried", {})
+    monkeypatch.setattr(presence, "_is_installed", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -52,18 +53,18 @@ def test_an_explicit_request_raises(x, monkeypatch):
         choose(x)
 
 
-@pytest.mark.parametrize("found", [None, object()])
-def test_what_fails_in_the_trial_is_the_reason(x, monkeypatch, found):
+@pytest.mark.parametrize("is_installed", [False, True])
+def test_what_fails_in_the_trial_is_the_reason(x, monkeypatch, is_installed):
     """Triton is missing, or it is there and has no driver."""
-    monkeypatch.setattr(presence.importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr(presence, "_is_installed", lambda: is_installed)
     reason = presence._try(torch.device("cuda", 0))
-    assert "pip install triton" in reason if found is None else "Triton does not work here" in reason
+    assert ("Triton does not work here" if is_installed else "pip install triton") in reason
 
 
 def test_nothing_is_tried_within_a_capture(x, monkeypatch):
     """Compilation and a look at the result would end it."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(presence.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(presence, "_is_installed", lambda: True)
     monkeypatch.setattr(presence, "_try", lambda device: pytest.fail("tried"))
     assert gpu.serves(x)
 
@@ -71,7 +72,7 @@ def test_nothing_is_tried_within_a_capture(x, monkeypatch):
 def test_without_a_gpu_they_are_absent(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(presence.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(presence, "_is_installed", lambda: True)
     assert "torch sees no CUDA or ROCm device" in gpu.absence()
     monkeypatch.setattr(selection, "_FORCED", "gpu")
     with pytest.raises(RuntimeError, match="torch sees no CUDA or ROCm device"):
