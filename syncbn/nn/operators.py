@@ -6,8 +6,7 @@
 
 Those on the left are made of those on the right when a compiler looks at them; `norm` carries autograd. It is made of
 reduce and normalise for selective checkpointing, which can then keep what was sent alone (16 C + 8 bytes); else one
-operator each way costs a small layer half as much. A group enters
-a graph as a name, see comm.communicator_named.
+operator each way costs a small layer half as much. A group enters a graph as a name, see comm.communicator_named.
 
 The order of messages is a data dependency: what sends takes the result of what sent before it in the same graph, as
 `after`, which it does not read. So no compiler may exchange two of them, even where the graphs of two ranks differ (in
