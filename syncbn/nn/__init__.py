@@ -6,12 +6,14 @@ from .loss import scale_loss
 from .norm_act import SyncBatchNormAct
 from .population import recalibrate
 from .recomputation import checkpoint_contexts
+from .uneven import even
 
 __all__ = [
     "SyncBatchNorm",
     "SyncBatchNormAct",
     "checkpoint_contexts",
     "convert_sync_batchnorm",
+    "even",
     "recalibrate",
     "revert_sync_batchnorm",
     "scale_loss",

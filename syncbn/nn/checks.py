@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from ..arguments import check_arguments
 from ..core import NOTHING, Running
@@ -54,6 +55,22 @@ def check_batch(
             _refuse_vector(next(name for name, vector in vectors.items() if vector is v), v, device)
     momentum = 0.0 if momentum is None else momentum
     check_arguments(input, num_features, weight, bias, running_mean, running_var, momentum, eps)
+
+
+def is_within_join() -> bool:
+    """Whether a DistributedDataParallel model runs in a context of torch's Join that lets ranks end by themselves."""
+    model = DistributedDataParallel._active_ddp_module
+    return model is not None and model._join_config.enable and not model._join_config.throw_on_early_termination
+
+
+def check_join(world_size: int) -> None:
+    """Refuses to run where ranks that have no more batches would miss this layer's messages."""
+    if world_size > 1 and is_within_join():
+        raise RuntimeError(
+            "expected no DistributedDataParallel.join or torch.distributed.algorithms.Join around SyncBatchNorm "
+            "layers: ranks that have joined repeat the wrapper's messages, not the layers', which would wait for ever; "
+            "iterate over syncbn.even(loader) instead"
+        )
 
 
 def _refuse_vector(name: str, v: Any, device: torch.device) -> NoReturn:

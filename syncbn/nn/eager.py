@@ -12,7 +12,7 @@ from ..comm import Communicator, Group
 from ..core import NOTHING, Running
 from ..kernels import Epilogue, empty, select
 from ..layout import layout_of
-from .checks import backward_message, check_forward, check_memory, forward_message
+from .checks import backward_message, check_forward, check_join, check_memory, forward_message
 from .operators import TracedCall
 from .recomputation import is_recomputing, reduce
 
@@ -49,6 +49,7 @@ class EagerCall:
     def check(self, input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> None:
         """Refuses what cannot be computed, on all ranks together. To be called in the caller's own mode of autograd."""
         try:
+            check_join(self.comm.world_size)
             check_forward(input, self.num_features, self.running, weight, bias, self.eps, self.epilogue, residual)
             select(input)
         except Exception as error:

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.parallel import DistributedDataParallel as _Ddp
 
 from ..comm import Group
 from ..core import NOTHING, Running
 from ..kernels import PLAIN, Epilogue
 from ..kernels.fused import activation_of, fused
 from .autograd import BatchStatsNorm
-from .checks import channels_of
+from .checks import channels_of, is_within_join
 from .direct import backward_in_one_call, forward_in_one_call
 from .eager import EagerCall
 from .recomputation import is_recomputing
@@ -68,6 +69,7 @@ def normalise(
         or input.is_inference()
         or ((_graph_task() != -1 or _saved_hooks(True) is not None) and is_recomputing())
         or _recordings.contexts
+        or (_Ddp._active_ddp_module is not None and is_within_join())
     ):
         return None
     if momentum is None:

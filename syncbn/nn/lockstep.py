@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import core
 from ..comm import Communicator
@@ -26,16 +28,21 @@ def message(comm: Communicator, device: torch.device) -> Tensor:
 
 
 def in_lockstep(
-    batches: Iterable[Any], signature: int, comm: Communicator, device: torch.device
+    batches: Iterable[Any],
+    signature: int,
+    comm: Communicator,
+    device: torch.device,
+    empty: Callable[[Any], Any] | None = None,
 ) -> Iterator[tuple[Any, bool]]:
     """Yields (batch, True) for each of this rank's batches, then (an empty batch, False) while another rank has any.
 
     A rank that had no batch gets an empty one that is like the first of another rank.
 
     Args:
-        batches: of this rank; tensors and arrays in them have samples along axis 0.
+        batches: of this rank.
         signature: a whole number of at least 0 that must be the same on all ranks; compared modulo a prime.
         comm, device: over which, and from where, messages are sent.
+        empty: returns a batch without samples that is like the given one; by default emptied.
 
     Collective:
         one all_reduce of 2 + world_size float64 a step and one at the end; where some ranks have no batch at all, two
@@ -47,6 +54,7 @@ def in_lockstep(
         Exception: what `batches` raises.
     """
     signature %= _SQUARABLE
+    empty = empty or emptied
     iterator: Iterator[Any] | None = None
     batch: Any = _END
     has_more = is_first = True
@@ -58,7 +66,7 @@ def in_lockstep(
                 previous, batch = batch, next(iterator, _END)
                 has_more = batch is not _END
                 if not has_more and previous is not _END:
-                    batch = _emptied(previous)
+                    batch = empty(previous)
         except Exception as error:
             core.refuse(error, sent, comm)
         sent[0], sent[1], sent[2 + comm.rank] = signature, signature**2, has_more
@@ -74,19 +82,19 @@ def in_lockstep(
         if not any(there):
             return
         if is_first and not all(there):
-            example = _from_rank(there.index(1.0), batch, comm, device)
+            example = _from_rank(there.index(1.0), batch, comm, device, empty)
             batch = batch if has_more else example
         is_first = False
         yield batch, has_more
 
 
-def _from_rank(source: int, batch: Any, comm: Communicator, device: torch.device) -> Any:
+def _from_rank(source: int, batch: Any, comm: Communicator, device: torch.device, empty: Callable[[Any], Any]) -> Any:
     """Returns a batch without samples that is like that of rank `source`, with its tensors on `device`."""
     length, data = torch.zeros(1, dtype=torch.float64, device=device), b""
     if comm.rank == source:
         try:
             file = io.BytesIO()
-            torch.save(pytree.tree_map(lambda v: v.cpu() if isinstance(v, Tensor) else v, _emptied(batch)), file)
+            torch.save(pytree.tree_map(lambda v: v.cpu() if isinstance(v, Tensor) else v, empty(batch)), file)
             data = file.getvalue()
         except Exception as error:
             core.refuse(error, length, comm)
@@ -111,10 +119,10 @@ def _check_others(sent: float, comm: Communicator) -> None:
         )
 
 
-def _emptied(batch: Any) -> Any:
-    """Returns a batch without samples that is otherwise like this one."""
+def emptied(batch: Any) -> Any:
+    """Returns a batch without samples that is otherwise like this one: its tensors and arrays are cut along axis 0."""
 
-    def emptied(v: Any) -> Any:
+    def cut(v: Any) -> Any:
         if isinstance(v, Tensor):
             return v[:0].clone() if v.dim() else v  # a clone, for a view would keep, and be sent with, all of it
         if isinstance(v, np.ndarray):
@@ -126,4 +134,26 @@ def _emptied(batch: Any) -> Any:
             f"{type(v).__name__}: pass batches of tensors, or the same number of them on all ranks"
         )
 
-    return pytree.tree_map(emptied, batch)
+    return pytree.tree_map(cut, batch)
+
+
+def device_of(model: Any) -> torch.device:
+    """Returns the device of the model's first parameter or buffer; raises TypeError for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected the model, a torch.nn.Module; got {type(model).__name__}: pass the model first")
+    return next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0)).device
+
+
+def run(model: nn.Module, batch: Any) -> None:
+    """Runs the model on a batch, or on the first entry of a tuple or list, on the model's device."""
+    x = batch[0] if isinstance(batch, (tuple, list)) else batch
+    model(x.to(device_of(model)) if isinstance(x, Tensor) else x)
+
+
+def uncompiled(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Lets compiled models run as they are written: hooks that are added later are not in their graphs."""
+    parts = list(model.modules())
+    if any("_orig_mod" in part._modules or getattr(part, "_compiled_call_impl", None) is not None for part in parts):
+        stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+        return stance
+    return contextlib.nullcontext()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import itertools
 import warnings
@@ -19,7 +18,7 @@ from ..comm import Communicator, as_communicator
 from ..core import Running
 from ..kernels import select
 from .layer import SyncBatchNorm
-from .lockstep import in_lockstep, message
+from .lockstep import device_of, in_lockstep, message, run, uncompiled
 
 
 def recalibrate(
@@ -84,11 +83,11 @@ def recalibrate(
     comm = as_communicator(process_group)
     device = torch.device("cpu")
     try:
-        device = _device_of(model)
+        device = device_of(model)
         layers = _layers_of(model, comm)
     except Exception as error:
         core.refuse(error, message(comm, device), comm)
-    run = _run if forward is None else forward
+    forward = run if forward is None else forward
     saved = [(layer, [v.clone() for v in _statistics(layer)]) for layer in layers.values()]
     sums = {name: _Sums(name, layer, comm) for name, layer in layers.items()}
     signature = sum(i * layer.num_features for i, layer in enumerate(layers.values(), 1))
@@ -97,11 +96,11 @@ def recalibrate(
         for layer, of_layer in zip(layers.values(), sums.values(), strict=True)
     ]
     try:
-        with torch.no_grad(), _uncompiled(model):
+        with torch.no_grad(), uncompiled(model):
             for batch, is_data in in_lockstep(_shown(batches, progress, comm), signature, comm, device):
                 for of_layer in sums.values():
                     of_layer.expects_data = is_data
-                run(model, batch)
+                forward(model, batch)
             found = _population(layers, sums, comm, device)
     finally:
         for hook in hooks:
@@ -217,26 +216,6 @@ def _layers_of(model: nn.Module, comm: Communicator) -> dict[str, _BatchNorm]:
 def _statistics(layer: _BatchNorm) -> list[Tensor]:
     values: tuple[Tensor | None, ...] = layer.running_mean, layer.running_var, layer.num_batches_tracked
     return [v for v in values if v is not None]
-
-
-def _device_of(model: Any) -> torch.device:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected the model, a torch.nn.Module; got {type(model).__name__}: pass the model first")
-    return next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0)).device
-
-
-def _run(model: nn.Module, batch: Any) -> None:
-    x = batch[0] if isinstance(batch, (tuple, list)) else batch
-    model(x.to(_device_of(model)) if isinstance(x, Tensor) else x)
-
-
-def _uncompiled(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Lets compiled models run as they are written: hooks that are added later are not in their graphs."""
-    parts = list(model.modules())
-    if any("_orig_mod" in part._modules or getattr(part, "_compiled_call_impl", None) is not None for part in parts):
-        stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-        return stance
-    return contextlib.nullcontext()
 
 
 def _shown(batches: Iterable[Any], progress: bool, comm: Communicator) -> Iterator[Any]:
