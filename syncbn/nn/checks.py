@@ -167,6 +167,8 @@ def _check_in_place(input: Tensor) -> None:
 
 def _overlaps(v: Tensor) -> bool:
     """Whether elements may share memory: whether a step along an axis stays within what the smaller steps reach."""
+    if not v.numel():
+        return False
     reach = 0
     for stride, size in sorted(zip(v.stride(), v.shape, strict=True)):
         if size > 1:

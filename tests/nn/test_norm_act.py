@@ -340,3 +340,12 @@ def test_the_layer_says_what_it_is_and_survives_copies():
         torch.manual_seed(0)
         assert torch.equal(twin(torch.randn(4, 3)), layer((torch.manual_seed(0), torch.randn(4, 3))[1]))
     nn.SyncBatchNorm(3).load_state_dict(layer.state_dict())
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 0, 1), (3, 8, 0, 0), (0, 8, 4)])
+def test_nothing_may_be_overwritten_in_place(shape):
+    # A step along an axis of size 1 or more would seem to stay within one of size 0.
+    x = torch.zeros(shape, requires_grad=True)
+    layer = syncbn.SyncBatchNormAct(8, "leaky_relu", inplace=True)
+    layer(x * 1).sum().backward()
+    assert x.grad.shape == x.shape
