@@ -28,8 +28,9 @@ import torch.distributed as dist
 THREAD_GRACE_SECONDS, PROCESS_GRACE_SECONDS = 3.0, 15.0
 
 _processes = multiprocessing.get_context("forkserver")
-# torch._dynamo: DistributedDataParallel imports it, for seconds, in every process that has not got it.
-_processes.set_forkserver_preload(["torch", "torch.distributed", "torch.nn.parallel", "torch._dynamo", "syncbn.nn"])
+# What each rank would take seconds to import: DistributedDataParallel needs torch._dynamo, and graphs the rest.
+_GRAPHS = ["torch._dynamo", "torch._inductor.compile_fx", "torch.export._trace", "sympy"]
+_processes.set_forkserver_preload(["torch", "torch.distributed", "torch.nn.parallel", "syncbn.nn", *_GRAPHS])
 
 
 class ThreadCommunicator:
