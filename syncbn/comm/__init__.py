@@ -19,6 +19,9 @@ from typing import Any, Protocol, runtime_checkable
 from weakref import WeakValueDictionary
 
 from .labels import Label as Label
+from .labels import Labels as Labels
+from .labels import counted as counted
+from .labels import taking_labels
 from .local import LocalCommunicator as LocalCommunicator
 from .own import is_own, named
 
@@ -27,7 +30,7 @@ from .own import is_own, named
 class Communicator(Protocol):
     """Ranks that normalise together. Any object with these members can be passed as `process_group`.
 
-    Its all_reduce may lack `label`: a label is passed only where a layer was given one.
+    Its all_reduce may lack `label`: a label is passed only to one that has a parameter of that name.
 
     Attributes:
         rank: this process's rank in the group.
@@ -117,10 +120,14 @@ class Group(Protocol):
 
     Attributes:
         name: what stands for it in a graph, where there can be no objects; see communicator_named.
+        labels: of the layer's messages, or None for none.
     """
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def labels(self) -> Labels | None: ...
 
     def communicator(self) -> Communicator:
         """Returns its communicator; see as_communicator for the errors."""
@@ -131,13 +138,16 @@ class GroupHandle:
 
     Args:
         group: any argument of as_communicator; as_communicator checks it at the first use.
+        layer: the layer's name, for labels.
 
     Attributes:
         name: stands for the group in a graph, which cannot hold objects; see communicator_named.
+        labels: of the layer's messages. Not for graphs: equal layers have equal ones.
     """
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: Any, layer: str = "") -> None:
         self.group = group
+        self.labels = Labels.of(layer)
         self._communicator: Communicator | None = None
         self._is_lasting = group is None or is_own(group)  # it outlives the process, and depends on what is initialised
         if self._is_lasting:
@@ -153,14 +163,14 @@ class GroupHandle:
             found = None if of_torch is None else of_torch(self.group)
             return found or as_communicator(self.group, argument)
         if self._communicator is None:
-            self._communicator = as_communicator(self.group, argument)
+            self._communicator = taking_labels(as_communicator(self.group, argument))
         return self._communicator
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GroupHandle:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return GroupHandle, (self.group if self._is_lasting else _UnpickledGroup(),)
+        return GroupHandle, (self.group if self._is_lasting else _UnpickledGroup(), self.labels.forward.layer)
 
 
 _numbers = itertools.count()
