@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .nn import recalibrate as recalibrate
     from .nn import revert_sync_batchnorm as revert_sync_batchnorm
     from .nn import scale_loss as scale_loss
+    from .profiling import profile as profile
     from .world import World as World
     from .world import init_process_group as init_process_group
 
@@ -36,12 +37,18 @@ __all__ = [
     "functional",
     "init_process_group",
     "numpy",
+    "profile",
     "recalibrate",
     "revert_sync_batchnorm",
     "scale_loss",
     "synchronize_errors",
 ]
-_ROOMS = {"World": ".world", "init_process_group": ".world", "synchronize_errors": ".deferred"}  # others: .nn
+_ROOMS = {  # others: .nn
+    "World": ".world",
+    "init_process_group": ".world",
+    "profile": ".profiling",
+    "synchronize_errors": ".deferred",
+}
 
 
 def __getattr__(name: str) -> Any:

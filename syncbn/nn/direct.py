@@ -20,7 +20,15 @@ import torch
 from torch import Tensor
 
 from .. import core
-from ..comm import Communicator, Labels, LocalCommunicator, communicator_named, counted, shared_memory_of
+from ..comm import (
+    Communicator,
+    Labels,
+    LocalCommunicator,
+    communicator_named,
+    counted,
+    observed_kernels,
+    shared_memory_of,
+)
 from ..core import Running
 from ..kernels import Epilogue
 from ..kernels.fused import ALONE, BY_CALLER, DECLINED, NONE, UNSENT, activation_of, fused
@@ -173,6 +181,7 @@ def forward_in_one_call(
                 if count == UNSENT:
                     memory.go_on(statistics)
         else:
+            of = observed_kernels(of, comm)
             y, statistics, count = of.forward(*tensors, NONE, momentum, eps, activation, slope, BY_CALLER)
             if count == UNSENT:
                 core.all_reduce(statistics, counted(labels and labels.forward, comm), comm)
@@ -226,6 +235,7 @@ def backward_in_one_call(
                 if found[4] == UNSENT:
                     memory.go_on(found[0])
         else:
+            of = observed_kernels(of, comm)
             found = of.backward(*tensors, *options, BY_CALLER)
             if found[4] == UNSENT:
                 core.all_reduce(found[0], counted(labels and labels.backward, comm), comm)

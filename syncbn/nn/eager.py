@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import core
-from ..comm import Communicator, Group, Labels, counted
+from ..comm import Communicator, Group, Labels, counted, observed_kernels
 from ..core import NOTHING, Running
 from ..kernels import Epilogue, empty, select
 from ..layout import layout_of
@@ -61,7 +61,8 @@ class EagerCall:
         self, input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         running = NOTHING if is_recomputing() else Running.of(*self.running)
-        layout, kernels, comm, epilogue = layout_of(input), select(input), self.comm, self.epilogue
+        layout, comm, epilogue = layout_of(input), self.comm, self.epilogue
+        kernels = observed_kernels(select(input), comm)
         # In place in memory with gaps, or in that of the negative, the result is copied there.
         in_place = epilogue.in_place and input.stride() == layout.strides and not input.is_neg()
         output = input if in_place else empty(layout, input)
@@ -84,7 +85,7 @@ class EagerCall:
                 check_memory("a gradient", grad_output)
         except Exception as error:
             core.refuse(error, backward_message(self.num_features, grad_output), self.comm, label)
-        layout, kernels = layout_of(input), select(input)
+        layout, kernels = layout_of(input), observed_kernels(select(input), self.comm)
         dx = empty(layout, input)
         c, one = (layout.shape[1],), (1,)
         grad_weight = None if weight is None else weight.new_empty_strided(c, one)
