@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import comm as comm
     from . import functional as functional
+    from . import lightning as lightning
     from . import numpy as numpy
     from .deferred import synchronize_errors as synchronize_errors
     from .nn import SyncBatchNorm as SyncBatchNorm
@@ -36,6 +37,7 @@ __all__ = [
     "convert_sync_batchnorm",
     "functional",
     "init_process_group",
+    "lightning",
     "numpy",
     "profile",
     "recalibrate",
@@ -52,7 +54,7 @@ _ROOMS = {  # others: .nn
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("comm", "functional", "numpy"):
+    if name in ("comm", "functional", "lightning", "numpy"):
         return importlib.import_module(f".{name}", __name__)
     if name in __all__:
         room = _ROOMS.get(name, ".nn")
