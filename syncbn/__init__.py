@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import comm as comm
     from . import functional as functional
+    from . import lightning as lightning
     from . import numpy as numpy
     from .deferred import synchronize_errors as synchronize_errors
     from .nn import SyncBatchNorm as SyncBatchNorm
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .nn import recalibrate as recalibrate
     from .nn import revert_sync_batchnorm as revert_sync_batchnorm
     from .nn import scale_loss as scale_loss
+    from .profiling import profile as profile
     from .world import World as World
     from .world import init_process_group as init_process_group
 
@@ -37,17 +39,24 @@ __all__ = [
     "even",
     "functional",
     "init_process_group",
+    "lightning",
     "numpy",
+    "profile",
     "recalibrate",
     "revert_sync_batchnorm",
     "scale_loss",
     "synchronize_errors",
 ]
-_ROOMS = {"World": ".world", "init_process_group": ".world", "synchronize_errors": ".deferred"}  # others: .nn
+_ROOMS = {  # others: .nn
+    "World": ".world",
+    "init_process_group": ".world",
+    "profile": ".profiling",
+    "synchronize_errors": ".deferred",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("comm", "functional", "numpy"):
+    if name in ("comm", "functional", "lightning", "numpy"):
         return importlib.import_module(f".{name}", __name__)
     if name in __all__:
         room = _ROOMS.get(name, ".nn")

@@ -46,7 +46,7 @@ def reduce(x: Any, kernels: Any, comm: Any, mask: Any = None, label: Label | Non
     is_float64 = x.dtype.itemsize == 8
     if is_float64:
         moments[-1] += _FLOAT64_MARK
-    _all_reduce(moments, label, comm)
+    all_reduce(moments, label, comm)
     if not is_float64:
         return moments, None
     if getattr(moments, "is_cpu", True):
@@ -57,7 +57,7 @@ def reduce(x: Any, kernels: Any, comm: Any, mask: Any = None, label: Label | Non
     count = moments[-1] - _FLOAT64_MARK * comm.world_size
     center = moments[: x.shape[1]] / (count + (count == 0))
     moments = kernels.stats(x, center, mask)
-    _all_reduce(moments, label, comm)
+    all_reduce(moments, label, comm)
     return moments, center
 
 
@@ -159,7 +159,7 @@ def backward_reduce(
     if deferred.devices:
         deferred.look(x.device)
     sums = kernels.backward_reduce(dy, x, statistics, weight, bias, grad_weight, grad_bias, epilogue, gate, g, mask)
-    _all_reduce(sums, label, comm)
+    all_reduce(sums, label, comm)
     return sums
 
 
@@ -247,7 +247,7 @@ def refuse(error: Exception, message: Any, comm: Any, label: Label | None = None
     """
     if message is not None:
         message[...] = float("nan")
-        _all_reduce(message, label, comm)
+        all_reduce(message, label, comm)
     if type(error) in (TypeError, ValueError):
         raise type(error)(f"{rank_prefix(comm)}{error}") from None
     raise error
@@ -258,12 +258,12 @@ def rank_prefix(comm: Any) -> str:
     return environment.rank_prefix(comm.rank, comm.world_size)
 
 
-def _all_reduce(buffer: Any, label: Label | None, comm: Any) -> None:
+def all_reduce(buffer: Any, label: Label | None, comm: Any) -> None:
     """Sums buffer over the ranks. Communicators of users' own may take no label."""
     if label is None:
         comm.all_reduce(buffer)
     else:
-        comm.all_reduce(buffer, label)
+        comm.all_reduce(buffer, label=label)
 
 
 class _Ranks(NamedTuple):

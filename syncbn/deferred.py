@@ -78,7 +78,7 @@ def watch(count: Any, check: Callable[[float], None]) -> None:
     device = count.device
     state = devices.get(device)
     if state is None:
-        module = _module_of(device)
+        module = module_of(device)
         if module is None:
             return
         state = devices.setdefault(device, _Device(device, module))
@@ -109,7 +109,7 @@ def synchronize_errors() -> None:
             state.look(wait=True)
 
 
-def _module_of(device: Any) -> Any:
+def module_of(device: Any) -> Any:
     """Returns torch's module for devices of this type, or None for a type without events (meta)."""
     import torch
 

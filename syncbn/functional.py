@@ -84,6 +84,8 @@ def sync_batch_norm(
 class _Group:
     """A group for one call; see comm.GroupHandle."""
 
+    labels = None
+
     def __init__(self, group: Any) -> None:
         self.group = group
 

@@ -33,6 +33,8 @@ ALLOWED = {
     "functional": {"core", "comm", "kernels", "nn"},
     "numpy": {"arguments", "core", "layout", "kernels", "comm"},
     "nn": {"nn", "arguments", "kernels", "core", "comm", "layout"},
+    "lightning": {"nn"},
+    "profiling": {"profiling", "nn", "comm", "deferred"},
 }
 
 

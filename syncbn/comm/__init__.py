@@ -7,6 +7,7 @@
 | own           | groups that only layers use, of all ranks, by host or k |
 | shared_memory | memory that the ranks of a Gloo group on one host share |
 | mpi           | an mpi4py communicator                                  |
+| observed      | what another one does, timed                            |
 """
 
 from __future__ import annotations
@@ -19,7 +20,13 @@ from typing import Any, Protocol, runtime_checkable
 from weakref import WeakValueDictionary
 
 from .labels import Label as Label
+from .labels import Labels as Labels
+from .labels import counted as counted
+from .labels import taking_labels
 from .local import LocalCommunicator as LocalCommunicator
+from .observed import ObservedCommunicator as ObservedCommunicator
+from .observed import Observer, observed_in_graphs
+from .observed import observed_kernels as observed_kernels
 from .own import is_own, named
 
 
@@ -27,7 +34,7 @@ from .own import is_own, named
 class Communicator(Protocol):
     """Ranks that normalise together. Any object with these members can be passed as `process_group`.
 
-    Its all_reduce may lack `label`: a label is passed only where a layer was given one.
+    Its all_reduce may lack `label`: a label is passed only to one that has a parameter of that name.
 
     Attributes:
         rank: this process's rank in the group.
@@ -117,10 +124,14 @@ class Group(Protocol):
 
     Attributes:
         name: what stands for it in a graph, where there can be no objects; see communicator_named.
+        labels: of the layer's messages, or None for none.
     """
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def labels(self) -> Labels | None: ...
 
     def communicator(self) -> Communicator:
         """Returns its communicator; see as_communicator for the errors."""
@@ -131,13 +142,17 @@ class GroupHandle:
 
     Args:
         group: any argument of as_communicator; as_communicator checks it at the first use.
+        layer: the layer's name, for labels.
 
     Attributes:
         name: stands for the group in a graph, which cannot hold objects; see communicator_named.
+        labels: of the layer's messages. Not for graphs: equal layers have equal ones.
     """
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: Any, layer: str = "") -> None:
         self.group = group
+        self.labels = Labels.of(layer)
+        self._observed: GroupHandle | None = None  # the handle in whose place this one stands
         self._communicator: Communicator | None = None
         self._is_lasting = group is None or is_own(group)  # it outlives the process, and depends on what is initialised
         if self._is_lasting:
@@ -148,19 +163,43 @@ class GroupHandle:
 
     def communicator(self, argument: str = "process_group") -> Communicator:
         """Returns as_communicator(group, argument), cached unless the group depends on what is initialised."""
+        if self._communicator is not None:
+            return self._communicator
         if self._is_lasting:
             of_torch = _functions.get("torch.distributed")  # the shortest way, for every call of a layer comes here
             found = None if of_torch is None else of_torch(self.group)
             return found or as_communicator(self.group, argument)
-        if self._communicator is None:
-            self._communicator = as_communicator(self.group, argument)
+        self._communicator = taking_labels(as_communicator(self.group, argument))
         return self._communicator
 
+    @property
+    def key(self) -> Any:
+        """What tells whether two handles are of one group."""
+        return self.name if self._is_lasting else id(self.group)
+
+    @property
+    def observer(self) -> Observer | None:
+        """The observer of the communicator, or None."""
+        comm = self._communicator
+        return comm.observer if type(comm) is ObservedCommunicator else None
+
+    def observed(self, observer: Observer, layer: str) -> GroupHandle:
+        """Returns one of the same group and name, of which an observer sees what is sent and computed.
+
+        Graphs go on to use this one, and so do copies and pickles. The group is the one that there is now.
+        """
+        original = self._observed or self  # a layer that was copied within an earlier profile has one of those
+        handle = GroupHandle.__new__(GroupHandle)  # of the same class, name and attributes, so that graphs stay valid
+        handle.__dict__.update(original.__dict__, labels=Labels.of(layer), _observed=original)
+        handle._communicator = ObservedCommunicator(original.communicator(), observer)
+        return handle
+
     def __deepcopy__(self, memo: dict[int, Any]) -> GroupHandle:
-        return self
+        return self._observed or self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return GroupHandle, (self.group if self._is_lasting else _UnpickledGroup(),)
+        name = (self._observed or self).labels.forward.layer
+        return GroupHandle, (self.group if self._is_lasting else _UnpickledGroup(), name)
 
 
 _numbers = itertools.count()
@@ -197,6 +236,10 @@ def communicator_named(name: str) -> Communicator:
     Raises:
         RuntimeError: the group is gone: the last layer that had it, or torch.distributed's group, was deleted.
     """
+    return observed_in_graphs(name, _communicator_named(name))
+
+
+def _communicator_named(name: str) -> Communicator:
     if not name:
         return _DEFAULT.communicator()
     if name == LOCAL:

@@ -2,18 +2,77 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .local import LocalCommunicator
+
+if TYPE_CHECKING:
+    from . import Communicator
 
 
-class Label(NamedTuple):
+@dataclass(eq=False, slots=True)
+class Label:
     """Which sum a layer asks for.
 
+    The object is the layer's own, one a direction, for making one a message would cost a small layer a percent of its
+    time: who keeps it copies `call`, which goes on.
+
     Attributes:
-        layer: the layer's name, as its model knows it.
-        direction: "forward" or "backward".
-        call: which call of the layer in this direction, counted from 0. Both messages of float64 input have one number.
+        layer: the module's path in the model that was converted; else class and channels.
+        direction: "forward", "backward", or "derivatives": sums of second derivatives and of torch.func.
+        call: which call of the layer in this direction, counted from 0; -1 before the first, and in derivatives. Both
+            messages of float64 input have one number.
     """
 
     layer: str
     direction: str
-    call: int
+    call: int = -1
+
+
+class Labels(NamedTuple):
+    """The labels of one layer."""
+
+    forward: Label
+    backward: Label
+    derivatives: Label
+
+    @classmethod
+    def of(cls, layer: str) -> Labels:
+        """Returns new ones, before the first call."""
+        return cls(Label(layer, "forward"), Label(layer, "backward"), Label(layer, "derivatives"))
+
+
+def counted(label: Label | None, comm: Communicator) -> Label | None:
+    """Returns the label, of one call more over comm; a world of one has nothing to count."""
+    if label is not None and type(comm) is not LocalCommunicator:
+        label.call += 1
+    return label
+
+
+def taking_labels(comm: Communicator) -> Communicator:
+    """Returns a communicator whose all_reduce takes a label: this one if it does."""
+    try:
+        takes_label = "label" in inspect.signature(comm.all_reduce).parameters
+    except (TypeError, ValueError):  # of a builtin, say
+        takes_label = False
+    return comm if takes_label else _Unlabelled(comm)
+
+
+class _Unlabelled:
+    """Sends over a communicator whose all_reduce takes no label."""
+
+    def __init__(self, comm: Communicator) -> None:
+        self._comm = comm
+
+    @property
+    def rank(self) -> int:
+        return self._comm.rank
+
+    @property
+    def world_size(self) -> int:
+        return self._comm.world_size
+
+    def all_reduce(self, buffer: Any, label: Label | None = None) -> None:  # noqa: ARG002
+        self._comm.all_reduce(buffer)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .labels import Label
+if TYPE_CHECKING:
+    from .labels import Label
 
 
 class LocalCommunicator:

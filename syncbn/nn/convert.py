@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..comm import GroupHandle, as_communicator
+from ..comm import GroupHandle, Labels, as_communicator
 from .fuse import epilogue_of_fused, fuse_activations, unfuse_activations
 from .layer import SyncBatchNorm
 
@@ -98,7 +98,7 @@ def convert_sync_batchnorm(module: M, process_group: Any = None, fuse: bool = Fa
     # Nothing was changed so far, and nothing fails from here on.
     for name, synchronised in classes.items():
         if synchronised is not None:
-            _become(layers[name], synchronised)
+            _become(layers[name], synchronised, name)
     for layer in layers.values():
         if isinstance(layer, SyncBatchNorm) and process_group is not None:
             layer.process_group = process_group
@@ -188,14 +188,16 @@ def _hides_batch_norm(module: nn.Module) -> bool:
     )
 
 
-def _become(layer: Any, synchronised: type[SyncBatchNorm]) -> None:
-    """Makes a layer one of that class."""
+def _become(layer: Any, synchronised: type[SyncBatchNorm], name: str) -> None:
+    """Makes a layer one of that class, known by that name."""
     # The attribute of torch.nn.SyncBatchNorm, or of the user's, that has the name of our property.
     group = GroupHandle(layer.__dict__.pop("process_group")) if "process_group" in layer.__dict__ else None
     own = group.group if group is not None and isinstance(layer, nn.SyncBatchNorm) else None
     layer.__dict__["_syncbn_original"] = _Original(type(layer), group)
     layer.__class__ = synchronised
     layer.process_group = own
+    if name:
+        layer._syncbn_group.labels = Labels.of(name)
 
 
 def _synchronised(layer: _BatchNorm) -> type[SyncBatchNorm] | None:

@@ -20,7 +20,15 @@ import torch
 from torch import Tensor
 
 from .. import core
-from ..comm import Communicator, LocalCommunicator, communicator_named, shared_memory_of
+from ..comm import (
+    Communicator,
+    Labels,
+    LocalCommunicator,
+    communicator_named,
+    counted,
+    observed_kernels,
+    shared_memory_of,
+)
 from ..core import Running
 from ..kernels import Epilogue
 from ..kernels.fused import ALONE, BY_CALLER, DECLINED, NONE, UNSENT, activation_of, fused
@@ -141,6 +149,7 @@ def forward_in_one_call(
     eps: float,
     activation: int,
     slope: float,
+    labels: Labels | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """Returns y and the statistics, or None if C++ declined, before anything was sent.
 
@@ -148,6 +157,7 @@ def forward_in_one_call(
         of: kernels.fused.Fused.
         comm: over which the moments go, in the same call where it shares memory.
         x, ..., slope: as that operator takes them, or None.
+        labels: of the layer, or None.
 
     Collective, Raises: as core.forward, unless declined.
     """
@@ -166,12 +176,15 @@ def forward_in_one_call(
         elif memory := shared_memory_of(comm):
             with memory.direct() as address:
                 y, statistics, count = of.forward(*tensors, NONE, momentum, eps, activation, slope, address)
+                if labels is not None and count != DECLINED:
+                    labels.forward.call += 1  # as counted does
                 if count == UNSENT:
                     memory.go_on(statistics)
         else:
+            of = observed_kernels(of, comm)
             y, statistics, count = of.forward(*tensors, NONE, momentum, eps, activation, slope, BY_CALLER)
             if count == UNSENT:
-                comm.all_reduce(statistics)
+                core.all_reduce(statistics, counted(labels and labels.forward, comm), comm)
     except NotImplementedError:  # torch's, for devices and layouts without such an operator
         return None
     if count == DECLINED:
@@ -195,6 +208,7 @@ def backward_in_one_call(
     has_bias: bool,
     activation: int,
     slope: float,
+    labels: Labels | None = None,
 ) -> Any:
     """Returns dx and the gradients of weight, bias and residual, any tensor for what there is not; None if declined.
 
@@ -202,6 +216,7 @@ def backward_in_one_call(
         of: kernels.fused.Fused.
         comm: over which the sums go, in the same call where it shares memory.
         dy, x, weight, bias, gate, statistics, has_bias, activation, slope: as that operator takes them, or None.
+        labels: of the layer, or None.
 
     Collective:
         as core.backward, unless declined.
@@ -215,12 +230,15 @@ def backward_in_one_call(
         elif memory := shared_memory_of(comm):
             with memory.direct() as address:
                 found = of.backward(*tensors, *options, address)
+                if labels is not None and found[4] != DECLINED:
+                    labels.backward.call += 1
                 if found[4] == UNSENT:
                     memory.go_on(found[0])
         else:
+            of = observed_kernels(of, comm)
             found = of.backward(*tensors, *options, BY_CALLER)
             if found[4] == UNSENT:
-                comm.all_reduce(found[0])
+                core.all_reduce(found[0], counted(labels and labels.backward, comm), comm)
     except NotImplementedError:  # torch's, of a layout that the operator does not take
         return None
     dx, grad_weight, grad_bias, g, state = found

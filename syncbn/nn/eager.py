@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import core
-from ..comm import Communicator, Group
+from ..comm import Communicator, Group, Labels, counted, observed_kernels
 from ..core import NOTHING, Running
 from ..kernels import Epilogue, empty, select
 from ..layout import layout_of
@@ -17,6 +17,7 @@ from .operators import TracedCall
 from .recomputation import is_recomputing, reduce
 
 _strided = torch.strided
+_NONE: Any = Labels(*[None] * 3)  # type: ignore[arg-type]
 
 
 class EagerCall:
@@ -34,13 +35,14 @@ class EagerCall:
         self.num_features, self.running, self.eps = num_features, running, eps
         self.group, self.epilogue = group, epilogue
         self.comm = group.communicator()  # that of forward serves backward, too
+        self.labels = group.labels or _NONE
 
     def communicator(self) -> Communicator:
         return self.comm
 
     def sum_over_ranks(self, v: Tensor) -> Tensor:
         total = v.clone()
-        self.comm.all_reduce(total)
+        core.all_reduce(total, self.labels.derivatives, self.comm)
         return total
 
     def traced(self) -> TracedCall:
@@ -48,22 +50,24 @@ class EagerCall:
 
     def check(self, input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> None:
         """Refuses what cannot be computed, on all ranks together. To be called in the caller's own mode of autograd."""
+        label = counted(self.labels.forward, self.comm)
         try:
             check_join(self.comm.world_size)
             check_forward(input, self.num_features, self.running, weight, bias, self.eps, self.epilogue, residual)
             select(input)
         except Exception as error:
-            core.refuse(error, forward_message(input, self.num_features, weight, bias, self.running), self.comm)
+            core.refuse(error, forward_message(input, self.num_features, weight, bias, self.running), self.comm, label)
 
     def forward(
         self, input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         running = NOTHING if is_recomputing() else Running.of(*self.running)
-        layout, kernels, comm, epilogue = layout_of(input), select(input), self.comm, self.epilogue
+        layout, comm, epilogue = layout_of(input), self.comm, self.epilogue
+        kernels = observed_kernels(select(input), comm)
         # In place in memory with gaps, or in that of the negative, the result is copied there.
         in_place = epilogue.in_place and input.stride() == layout.strides and not input.is_neg()
         output = input if in_place else empty(layout, input)
-        moments, center = reduce(input, kernels, comm)
+        moments, center = reduce(input, kernels, comm, label=self.labels.forward)
         statistics = core.normalise(
             input, output, weight, bias, running, self.eps, kernels, comm, moments, center, epilogue, residual
         )
@@ -73,6 +77,7 @@ class EagerCall:
 
     def backward(self, ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         # The sums are sent whatever this rank needs, for another may need what this one does not.
+        label = counted(self.labels.backward, self.comm)
         try:
             input, weight, bias, gate, statistics = ctx.saved_tensors  # raises where one was modified in place
             if grad_output is None or grad_output._is_zerotensor():
@@ -80,8 +85,8 @@ class EagerCall:
             elif type(grad_output) is not Tensor or grad_output.layout is not _strided:
                 check_memory("a gradient", grad_output)
         except Exception as error:
-            core.refuse(error, backward_message(self.num_features, grad_output), self.comm)
-        layout, kernels = layout_of(input), select(input)
+            core.refuse(error, backward_message(self.num_features, grad_output), self.comm, label)
+        layout, kernels = layout_of(input), observed_kernels(select(input), self.comm)
         dx = empty(layout, input)
         c, one = (layout.shape[1],), (1,)
         grad_weight = None if weight is None else weight.new_empty_strided(c, one)
@@ -89,7 +94,7 @@ class EagerCall:
         g = None if gate is None else empty(layout, input)
         core.backward(
             grad_output, input, dx, weight, bias, grad_weight, grad_bias, statistics, kernels, self.comm, self.epilogue,
-            gate, g,
+            gate, g, label=label,
         )  # fmt: skip
         grad_residual = grad_output if ctx.has_residual and g is None else g
         return dx, grad_weight, grad_bias, grad_residual, None

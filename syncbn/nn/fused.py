@@ -104,8 +104,9 @@ class _FusedNorm(torch.autograd.Function):
     ) -> Tensor:
         mean, var, batches, momentum, eps, activation, epilogue, comm, *_ = rest
         found = forward_in_one_call(
-            _fused, comm, input, weight, bias, residual, mean, var, batches, momentum, eps, activation, epilogue.slope
-        )
+            _fused, comm, input, weight, bias, residual, mean, var, batches, momentum, eps, activation, epilogue.slope,
+            rest[-2].labels,
+        )  # fmt: skip
         if found is None:
             raise _Declined
         y, statistics = found
@@ -128,7 +129,7 @@ class _FusedNorm(torch.autograd.Function):
             or _is_compiling()
         ):
             return _general_backward(ctx, grad_output, None)
-        *_, activation, epilogue, comm, has_residual, bias_dtype, _, _ = ctx.rest
+        *_, activation, epilogue, comm, has_residual, bias_dtype, group, _ = ctx.rest
         try:
             saved = ctx.saved_tensors
         except Exception:  # one was modified in place: the general way tells the other ranks, too
@@ -138,7 +139,7 @@ class _FusedNorm(torch.autograd.Function):
         input, weight, bias, gate, statistics = saved
         found = backward_in_one_call(
             _fused, comm, grad_output, input, weight, bias, gate, statistics, bias_dtype is not None, activation,
-            epilogue.slope,
+            epilogue.slope, group.labels,
         )  # fmt: skip
         if found is None:
             return _general_backward(ctx, grad_output, saved)

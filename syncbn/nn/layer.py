@@ -88,7 +88,9 @@ class SyncBatchNorm(_BatchNorm):
 
     @process_group.setter
     def process_group(self, process_group: Any) -> None:
-        handle = GroupHandle(process_group)
+        before: GroupHandle | None = self.__dict__.get("_syncbn_group")
+        name = before.labels.forward.layer if before else f"{type(self).__name__}({self.num_features})"
+        handle = GroupHandle(process_group, name)
         if process_group is not None:
             handle.communicator()  # refuse what is no group here, not at the first batch
         self._syncbn_group = handle

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from .. import core
-from ..comm import Communicator, communicator_named
+from ..comm import Communicator, communicator_named, observed_kernels
 from ..core import Running
 from ..kernels import Epilogue, select
 from ..kernels.contract import refuse_mask
@@ -288,7 +288,7 @@ def _reduce(
     running = Running(running_mean, running_var, None, 0.0 if momentum is None else momentum)
     try:
         check_forward(x, num_features, running, weight, bias, eps, Epilogue(activation, slope), residual)
-        kernels = select(x)
+        kernels = observed_kernels(select(x), comm)
     except Exception as error:
         core.refuse(error, forward_message(x, num_features, weight, bias, running), comm)
     moments, center = reduce(x, kernels, comm, mask)
@@ -318,9 +318,9 @@ def _normalise(
     check_operator(x, weight, bias, epilogue, running, eps, {"residual": residual})
     check_vector("moments", moments, 2 * x.shape[1] + 1, x.device)
     check_vector("center", center, x.shape[1] if center.numel() else 0, x.device)
-    y = empty_like(x)
+    y, comm = empty_like(x), communicator_named(group)
     core.normalise(
-        x, y, weight, bias, running, eps, select(x), communicator_named(group), statistics,
+        x, y, weight, bias, running, eps, observed_kernels(select(x), comm), comm, statistics,
         center if center.numel() else None, epilogue, residual, mask,
     )  # fmt: skip
     return y, statistics
@@ -353,7 +353,7 @@ def _backward(
     grad_weight, grad_bias, g = gradients(x, weight, bias_dtype, gate)
     core.backward(
         dy, x, dx, weight, bias, None if weight is None else grad_weight, None if bias_dtype is None else grad_bias,
-        statistics, select(x), comm, epilogue, gate, None if gate is None else g, mask,
+        statistics, observed_kernels(select(x), comm), comm, epilogue, gate, None if gate is None else g, mask,
     )  # fmt: skip
     return dx, grad_weight, grad_bias, g
 

@@ -15,7 +15,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import _engine_run_backward
 
 from .. import core
-from ..comm import Communicator
+from ..comm import Communicator, Label
 
 # Where torch unpacks what checkpointing saved, and where compiled autograd calls an autograd.Function's backward.
 _CALLERS = {
@@ -118,12 +118,14 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[Any], AbstractContextM
     return _Context(tape, replays=False), _Context(tape, replays=True)
 
 
-def reduce(x: Tensor, kernels: Any, comm: Communicator, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Returns core.reduce(x, kernels, comm), or what that was when the region was recorded."""
+def reduce(
+    x: Tensor, kernels: Any, comm: Communicator, mask: Tensor | None = None, label: Label | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Returns core.reduce(x, kernels, comm, mask, label), or what that was when the region was recorded."""
     contexts = local.contexts
     source = next((i for i in reversed(range(len(contexts))) if contexts[i].replays), None)
     if source is None:
-        moments, center = core.reduce(x, kernels, comm, mask)
+        moments, center = core.reduce(x, kernels, comm, mask, label)
     else:
         moments, center = contexts[source].replay(x)
     for context in contexts[0 if source is None else source + 1 :]:

@@ -75,14 +75,14 @@ def stand_in():
     """Lets deferred take the CPU for an accelerator in this process."""
     module = Module()
     deferred.devices.clear()
-    deferred._module_of = lambda device: module
+    deferred.module_of = lambda device: module
     deferred._pinned = lambda: torch.empty(1, dtype=torch.float64)
     return module
 
 
 @pytest.fixture
 def module(monkeypatch):
-    monkeypatch.setattr(deferred, "_module_of", None)
+    monkeypatch.setattr(deferred, "module_of", None)
     monkeypatch.setattr(deferred, "_pinned", None)
     yield stand_in()
     deferred.devices.clear()

@@ -176,7 +176,7 @@ def fake_cuda() -> Iterator[None]:
     deferred.devices.clear()
     try:
         with (
-            unittest.mock.patch.object(deferred, "_module_of", return_value=_Module),
+            unittest.mock.patch.object(deferred, "module_of", return_value=_Module),
             FakeTensorMode(allow_non_fake_inputs=True),
         ):
             yield
