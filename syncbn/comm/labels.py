@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .local import LocalCommunicator
 
 if TYPE_CHECKING:
     from . import Communicator
+
+
+TAG_BYTES = 112  # as in csrc/shared_memory.cpp
 
 
 @dataclass(eq=False, slots=True)
@@ -29,6 +33,26 @@ class Label:
     layer: str
     direction: str
     call: int = -1
+    _tag: Any = field(default=None, repr=False)
+
+    def tag(self) -> int:
+        """Returns the address of TAG_BYTES bytes, the text of layer and direction, for messages in shared memory."""
+        if self._tag is None:
+            text = f"{self.direction} of {self.layer}".encode()
+            if len(text) >= TAG_BYTES:  # the ends of paths are what differs
+                text = b"..." + text[4 - TAG_BYTES :]
+            self._tag = ctypes.create_string_buffer(text, TAG_BYTES)
+        return ctypes.addressof(self._tag)
+
+    def __str__(self) -> str:
+        return f"{self.direction} of {self.layer}" + (f", call {self.call}" if self.call >= 0 else "")
+
+    def __getstate__(self) -> tuple[str, str, int]:
+        return self.layer, self.direction, self.call
+
+    def __setstate__(self, state: tuple[str, str, int]) -> None:
+        self.layer, self.direction, self.call = state
+        self._tag = None
 
 
 class Labels(NamedTuple):

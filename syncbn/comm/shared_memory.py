@@ -7,6 +7,7 @@ a thread that has to wake up first.
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import os
 import sys
@@ -22,7 +23,8 @@ from typing import Any
 
 from .. import native
 from ..environment import rank_prefix
-from .labels import Label
+from .labels import TAG_BYTES, Label
+from .stalls import log, stall_seconds
 
 HANDSHAKE_BYTES = 64  # length of each message that join exchanges
 _FOLDER = Path("/dev/shm")  # files in memory, on Linux; containers must share it for their ranks to share memory
@@ -35,9 +37,11 @@ def _load() -> Any:
     if library is not None:
         number, pointer = ctypes.c_long, ctypes.c_void_p
         library.syncbn_shared_bytes.argtypes = [number]
+        library.syncbn_shared_said.argtypes = [pointer, number, number, number, pointer]
         for name in ("lock", "unlock", "is_locked"):
             getattr(library, f"syncbn_shared_{name}").argtypes = [ctypes.c_int, number]
-        library.syncbn_shared_sum.argtypes = [pointer, number, number, pointer, number, pointer, number]
+        of_message, how = (pointer, number, number, pointer, number, pointer, number), (pointer, number)
+        library.syncbn_shared_sum.argtypes = of_message + how
         library.syncbn_shared_bytes.restype = library.syncbn_shared_sum.restype = number
     return library
 
@@ -60,10 +64,28 @@ class _DirectSum(ctypes.Structure):
         ("memory", ctypes.c_void_p),
         ("rank", ctypes.c_long),
         ("world_size", ctypes.c_long),
+        ("tag", ctypes.c_void_p),
+        ("call", ctypes.c_long),
         ("progress", ctypes.c_void_p),
         ("microseconds", ctypes.c_long),
         ("result", ctypes.c_long),
     )
+
+
+class _Message(ctypes.Structure):
+    """What a rank has sent: csrc/shared_memory.cpp's Message."""
+
+    _fields_ = (("length", ctypes.c_long), ("call", ctypes.c_long), ("tag", ctypes.c_char * TAG_BYTES))
+
+    def __str__(self) -> str:
+        if self.length < 0:
+            return "nothing"
+        return ", ".join(filter(None, (self.whose(), f"{self.length} float64")))
+
+    def whose(self) -> str:
+        """Returns the layer, direction and call, or "" where nobody said."""
+        tag = self.tag.decode(errors="replace")
+        return f"{tag}, call {self.call}" if tag and self.call >= 0 else tag
 
 
 class SharedMemory:
@@ -82,7 +104,7 @@ class SharedMemory:
         if _library.syncbn_shared_lock(file, rank):
             raise OSError("the system has no locks of open files")
         self.rank, self.world_size = rank, world_size
-        self._timeout = timeout
+        self._timeout, self._stall_seconds = timeout, stall_seconds()
         self._memory = mmap.mmap(file, 0)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self._progress = (ctypes.c_long * 2)()
@@ -91,6 +113,8 @@ class SharedMemory:
             self._address,
             rank,
             world_size,
+            None,
+            0,
             ctypes.addressof(self._progress),
             _POLL_MICROSECONDS,
         )
@@ -108,26 +132,32 @@ class SharedMemory:
             self._memory.close()
         self._file = -1
 
-    def all_reduce(self, address: int, length: int, label: Label | None = None) -> None:  # noqa: ARG002
+    def all_reduce(self, address: int, length: int, label: Label | None = None) -> None:
         """Sums a vector over the ranks, in place, in rank order, so that all ranks get the same bits.
 
         Args:
             address: of contiguous float64.
             length: number of elements, the same on every rank.
+            label: which layer's message this is, or None.
 
         Collective:
             every rank must call, in the same order.
 
         Raises:
             RuntimeError: a rank has ended, or has not come within the timeout; no further sum is possible then. Or the
-                ranks' lengths differ, which every rank reports. Or this process is a fork of the one that joined.
+                ranks' lengths, layers or directions differ, which every rank reports. Or this process is a fork of the
+                one that joined.
         """
-        with self.direct():
+        with self.direct(label, -1 if label is None else label.call):
             self._sum(address, length, self._try(address, length, _POLL_MICROSECONDS))
 
     @contextmanager
-    def direct(self) -> Iterator[int]:
+    def direct(self, label: Label | None, call: int) -> Iterator[int]:
         """Within it one sum can be made, by an operator in C++ that is given the address that this yields.
+
+        Args:
+            label: which layer's message this is, or None.
+            call: which call of that layer.
 
         If the operator says that the ranks have not all come, go_on must follow. Raises as all_reduce.
         """
@@ -142,6 +172,8 @@ class SharedMemory:
                 raise self._error("a group whose ranks are all there", self._failure, "start all ranks again")
             # Cleared by _sum at its end: an interrupt may break off anywhere before.
             self._failure = "one in which this rank's last sum was broken off"
+            direct = self._direct
+            direct.tag, direct.call = None if label is None else label.tag(), call
             try:
                 yield ctypes.addressof(self._direct)
                 self._failure = None
@@ -151,15 +183,19 @@ class SharedMemory:
 
     def go_on(self, buffer: Any) -> None:
         """Goes on with a sum that an operator has begun, of a tensor. Raises as all_reduce."""
-        self._sum(buffer.data_ptr(), buffer.numel(), self._missing(self._direct.result, buffer.numel()))
+        self._sum(buffer.data_ptr(), buffer.numel(), self._missing(self._direct.result))
 
     def _sum(self, address: int, length: int, missing: int | None) -> None:
         """Waits for the ranks, `missing` first, and sums; sets _failure to None where further sums are possible."""
-        start = time.monotonic()
+        start, reports_at = time.monotonic(), self._stall_seconds
         while missing is not None:
             # Checked before the last try: a rank may have sent its part and left since.
             is_there = _library.syncbn_shared_is_locked(self._file, missing)
-            is_late = time.monotonic() - start > self._timeout.total_seconds()
+            waited = time.monotonic() - start
+            is_late = waited > self._timeout.total_seconds()
+            if waited > reports_at:
+                reports_at = math.inf
+                log.warning("%s", self._stalled(waited))
             last = missing
             missing = self._try(address, length, _POLL_MICROSECONDS if is_there and not is_late else 0)
             if missing != last:
@@ -167,15 +203,15 @@ class SharedMemory:
             if not is_there:
                 self._failure = f"one that rank {missing} has left"
                 raise self._error(
-                    f"rank {missing} to take part in a sum of {length} float64",
-                    "its leaving: it has ended, destroyed the process group, or given up",
+                    f"rank {missing} to take part in {self._what(length)}",
+                    f"its leaving: it has ended, destroyed the process group, or given up, {self._last(missing)}",
                     f"see what rank {missing} says; every rank must run the same layers equally often",
                 )
             if is_late:
                 self._failure = f"one in which this rank has given up waiting for rank {missing}"
                 raise self._error(
-                    f"rank {missing} to take part in a sum of {length} float64 within {self._timeout}",
-                    "nothing from it, which has not left the group",
+                    f"rank {missing} to take part in {self._what(length)} within {self._timeout}",
+                    f"nothing from it, which has not left the group, {self._last(missing)}",
                     "see that every rank runs the same layers in the same order, forward and backward, or, if it was "
                     "only slow, give init_process_group a longer timeout",
                 )
@@ -184,29 +220,59 @@ class SharedMemory:
     def _try(self, address: int, length: int, microseconds: int) -> int | None:
         """Returns None once the sum is done, or, after that time, a rank that has not come yet; then call again."""
         missing: int = _library.syncbn_shared_sum(
-            self._address, self.rank, self.world_size, address, length, self._progress, microseconds
-        )
-        return self._missing(missing, length)
+            self._address, self.rank, self.world_size, address, length, self._direct.tag, self._direct.call,
+            self._progress, microseconds,
+        )  # fmt: skip
+        return self._missing(missing)
 
-    def _missing(self, result: int, length: int) -> int | None:
+    def _missing(self, result: int) -> int | None:
         """Returns what _try returns, of the library's result."""
         if result == -2:
-            raise self._lengths_error(length)
+            raise self._difference()
         return None if result == -1 else result
 
-    def _lengths_error(self, length: int) -> RuntimeError:
-        other, theirs = self._progress
-        self._progress[:] = [0, 0]
+    def _difference(self) -> RuntimeError:
+        """Returns the error of messages that do not belong together, from those that are there."""
         self._failure = None
+        ranks: dict[str, list[int]] = {}
+        for rank in range(self.world_size):
+            is_there, message = self._said(rank)
+            ranks.setdefault(str(message) if is_there else "nothing yet", []).append(rank)
         return self._error(
-            "all ranks to sum vectors of the same length",
-            f"{length} float64 on this one and {theirs} on rank {other}",
-            "see that every rank runs the same layers, with as many channels, in the same order",
+            "the same message of the same layer from every rank",
+            "; ".join(f"{what} from {_named(of)}" for what, of in ranks.items()),
+            "see that every rank runs the same layers, with as many channels, in the same order, forward and backward",
+        )
+
+    def _said(self, rank: int) -> tuple[bool, _Message]:
+        """Returns whether a rank has sent what belongs to this one's last message, and that, or what it last sent."""
+        message = _Message()
+        address = ctypes.addressof(message)
+        there = _library.syncbn_shared_said(self._address, self.rank, self.world_size, rank, address)
+        return bool(there), message
+
+    def _what(self, length: int) -> str:
+        return ", ".join(filter(None, (f"a sum of {length} float64", self._said(self.rank)[1].whose())))
+
+    def _last(self, rank: int) -> str:
+        return f"whose last message was {self._said(rank)[1]}"
+
+    def _stalled(self, waited: float) -> str:
+        """Returns what a rank that waits for long says of the others."""
+        said = [(rank, *self._said(rank)) for rank in range(self.world_size)]
+        missing = [f"rank {rank} (last {message})" for rank, is_there, message in said if not is_there]
+        return (
+            f"{rank_prefix(self.rank, self.world_size)}has waited {waited:.0f} s in a sum, {said[self.rank][2]}, for "
+            f"{', '.join(missing) or 'ranks that have just come'}; it gives up after {self._timeout}"
         )
 
     def _error(self, expected: str, got: str, remedy: str) -> RuntimeError:
         prefix = rank_prefix(self.rank, self.world_size)
         return RuntimeError(f"{prefix}expected {expected}; got {got}: {remedy}")
+
+
+def _named(ranks: list[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
 _live: weakref.WeakSet[SharedMemory] = weakref.WeakSet()

@@ -50,7 +50,7 @@ class TorchCommunicator:
     def world_size(self) -> int:
         return self.group.size()
 
-    def all_reduce(self, buffer: Any, label: Label | None = None) -> None:  # noqa: ARG002
+    def all_reduce(self, buffer: Any, label: Label | None = None) -> None:
         """Sums buffer, a tensor or an ndarray, over the group, in place. See Communicator.
 
         Ranks of a Gloo group that are all on one machine sum in shared memory instead; see SharedMemory for its
@@ -72,10 +72,10 @@ class TorchCommunicator:
             self._sum_on_device(tensor)
         elif not tensor.is_contiguous():
             dense = tensor.contiguous()
-            self.all_reduce(dense)
+            self.all_reduce(dense, label)
             tensor.copy_(dense)
         elif memory := self.shared_memory():
-            memory.all_reduce(tensor.data_ptr(), tensor.numel())
+            memory.all_reduce(tensor.data_ptr(), tensor.numel(), label)
         elif _sends_over_gloo(self.group):
             self._sum_gathered(tensor)
         else:

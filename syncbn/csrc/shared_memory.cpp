@@ -31,8 +31,15 @@ struct alignas(128) Rank {
   std::atomic<std::uint32_t> sleepers;  // how many do
 };
 
+// What a message is.
+struct Message {
+  long length;    // the float64 of all its parts
+  long call;      // which call of the layer
+  char tag[112];  // the layer and the direction, as text; empty where nobody says
+};
+
 struct alignas(128) Slot {
-  long length;  // of the whole message
+  Message message;
   alignas(128) double part[kPart];
 };
 
@@ -72,6 +79,11 @@ bool wait_for(Rank& rank, std::uint32_t n, Clock::time_point end) {
   return true;
 }
 
+// Whether two messages may be summed. The number of the call only tells people more.
+bool belong_together(const Message& a, const Message& b) {
+  return a.length == b.length && (!*a.tag || !*b.tag || !std::memcmp(a.tag, b.tag, sizeof a.tag));
+}
+
 void post(Rank& rank) {
   ++rank.posted;
   if (rank.sleepers.load()) futex(rank.posted, FUTEX_WAKE, INT32_MAX, nullptr);
@@ -101,13 +113,26 @@ EXPORT int syncbn_shared_is_locked(int file, long rank) {
 // The bytes of memory, all zero at first, that the ranks share.
 EXPORT long syncbn_shared_bytes(long world_size) { return world_size * long(sizeof(Rank) + 2 * sizeof(Slot)); }
 
+// Copies to `message` what a rank has sent, if it has, as the last message of this one's; else its last before, of length
+// -1 if there is none. Returns whether it has sent that message.
+EXPORT int syncbn_shared_said(void* memory, long rank, long world_size, long other, Message* message) {
+  Rank* const ranks = static_cast<Rank*>(memory);
+  const Slot* const slots = reinterpret_cast<Slot*>(ranks + world_size);
+  const std::uint32_t n = ranks[rank].posted.load(), theirs = ranks[other].posted.load();
+  const bool is_there = std::int32_t(theirs - n) >= 0;
+  *message = slots[2 * other + (is_there ? n : theirs) % 2].message;
+  message->tag[sizeof message->tag - 1] = 0;
+  if (!is_there && theirs == 0) message->length = -1;
+  return is_there;
+}
+
 // Replaces buffer by its sum over all ranks, added in their order. Returns -1 when that is done, or the number of a rank
-// that has not come within so many microseconds: call again with the same arguments to go on. Or -2 where ranks sent
-// messages of different lengths; progress is then a rank whose length differs from this one's, and its length.
-// progress: two numbers, 0 before the first call, and again when a sum is done; the elements summed so far, and whether
-// the part that follows is posted.
-EXPORT long syncbn_shared_sum(void* memory, long rank, long world_size, double* buffer, long length, long* progress,
-                              long microseconds) {
+// that has not come within so many microseconds: call again with the same arguments to go on. Or -2 where ranks have
+// sent messages that do not belong together: see syncbn_shared_said.
+// tag, call: of Message; tag may be null for none. progress: two numbers, 0 before the first call, and again when a sum
+// is done; the elements summed so far, and whether the part that follows is posted.
+EXPORT long syncbn_shared_sum(void* memory, long rank, long world_size, double* buffer, long length, const char* tag,
+                              long call, long* progress, long microseconds) {
   Rank* const ranks = static_cast<Rank*>(memory);
   Slot* const slots = reinterpret_cast<Slot*>(ranks + world_size);
   const auto end = Clock::now() + std::chrono::microseconds(microseconds);
@@ -118,20 +143,26 @@ EXPORT long syncbn_shared_sum(void* memory, long rank, long world_size, double* 
     const std::uint32_t n = ranks[rank].posted.load() + !is_posted;
     if (!is_posted) {
       Slot& own = slots[2 * rank + n % 2];
-      own.length = length;
+      own.message.length = length;
+      own.message.call = call;
+      if (tag) std::memcpy(own.message.tag, tag, sizeof own.message.tag);
+      else *own.message.tag = 0;
       std::memcpy(own.part, part, size * sizeof(double));
       post(ranks[rank]);
       is_posted = 1;
     }
+    long missing = -1;
+    for (long other = 0; other < world_size && missing < 0; ++other)
+      if (!wait_for(ranks[other], n, end)) missing = other;
+    // Of those that are there, whether or not one is missing: it may be the one that has gone wrong.
+    const Message& own = slots[2 * rank + n % 2].message;
     for (long other = 0; other < world_size; ++other)
-      if (!wait_for(ranks[other], n, end)) return other;
-    is_posted = 0;
-    for (long other = 0; other < world_size; ++other)
-      if (const long theirs = slots[2 * other + n % 2].length; theirs != length) {
-        progress[0] = other;
-        progress[1] = theirs;
+      if (wait_for(ranks[other], n, end) && !belong_together(own, slots[2 * other + n % 2].message)) {
+        done = is_posted = 0;
         return -2;
       }
+    if (missing >= 0) return missing;
+    is_posted = 0;
     std::memcpy(part, slots[n % 2].part, size * sizeof(double));
     for (long other = 1; other < world_size; ++other) {
       const double* const theirs = slots[2 * other + n % 2].part;

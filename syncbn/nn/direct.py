@@ -174,10 +174,11 @@ def forward_in_one_call(
         if type(comm) is LocalCommunicator:
             y, statistics, count = of.forward(*tensors, NONE, momentum, eps, activation, slope, ALONE)
         elif memory := shared_memory_of(comm):
-            with memory.direct() as address:
+            label = labels and labels.forward
+            with memory.direct(label, label.call + 1 if label else -1) as address:
                 y, statistics, count = of.forward(*tensors, NONE, momentum, eps, activation, slope, address)
-                if labels is not None and count != DECLINED:
-                    labels.forward.call += 1  # as counted does
+                if label is not None and count != DECLINED:
+                    label.call += 1  # as counted does
                 if count == UNSENT:
                     memory.go_on(statistics)
         else:
@@ -228,10 +229,11 @@ def backward_in_one_call(
         if type(comm) is LocalCommunicator:
             found = of.backward(*tensors, *options, ALONE)
         elif memory := shared_memory_of(comm):
-            with memory.direct() as address:
+            label = labels and labels.backward
+            with memory.direct(label, label.call + 1 if label else -1) as address:
                 found = of.backward(*tensors, *options, address)
-                if labels is not None and found[4] != DECLINED:
-                    labels.backward.call += 1
+                if label is not None and found[4] != DECLINED:
+                    label.call += 1
                 if found[4] == UNSENT:
                     memory.go_on(found[0])
         else:
