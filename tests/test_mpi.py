@@ -145,3 +145,42 @@ print("started:", MPI.Is_initialized(), "rc:", mpi4py.rc.initialize)
     will = "mpi4py will ask for thread level 'multiple'; whether it is GPU-aware shows under mpirun"
     assert re.search(f"mpi +available: .*, not initialised; {will}", output)
     assert "started: False rc: True" in output
+
+
+LATE = {
+    "sleeps": "time.sleep(60)",
+    "evaluates": "model.eval()",  # and then waits for the others at the end of MPI
+    "has left": "sys.exit(0)",
+}
+
+
+@needs_mpi
+@pytest.mark.parametrize(("fault", "way"), [*((fault, "communicator") for fault in LATE), ("sleeps", "group")])
+def test_trap_14_a_missing_rank_ends_the_run_and_the_waiting_layer_is_named(fault, way, tmp_path):
+    script = tmp_path / "train.py"
+    group = "MPI.COMM_WORLD" if way == "communicator" else "None"
+    script.write_text(
+        f"""import sys, time
+from datetime import timedelta
+import torch
+from mpi4py import MPI
+import syncbn
+if {way == "group"}:
+    syncbn.init_process_group("mpi4py", timeout=timedelta(seconds=2))
+model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+syncbn.convert_sync_batchnorm(model, {group})
+for step in range(2):
+    if step and MPI.COMM_WORLD.Get_rank() == 1:
+        {LATE[fault]}
+    model(torch.randn(4, 3)).sum().backward()
+time.sleep(60 * (MPI.COMM_WORLD.Get_rank() == 0))
+"""
+    )
+    seconds = {"SYNCBN_STALL_SECONDS": "0.5"} | ({"SYNCBN_TIMEOUT_SECONDS": "2"} if way == "communicator" else {})
+    code, output = mpirun(2, "-m", "mpi4py", script, timeout=50, **seconds)
+    assert code != 0
+    assert re.search(
+        r"\[rank 0/2\] has waited \d s for other ranks in a sum over MPI, forward of 1, call 1,.*; it ends", output
+    )
+    assert re.search(r"\[rank 0/2\] has waited \d s .*forward of 1, call 1.*That is the timeout.*all ranks end", output)
+    assert "[rank 1/2] has waited" not in output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import sys
 from typing import Any
 
 from mpi4py import MPI
@@ -13,8 +14,11 @@ from ..environment import Launch, LaunchError, rank_prefix, read_environment
 from .labels import Label
 from .local import LocalCommunicator
 from .own import host, is_own, parts
+from .stalls import timeout_seconds as environment_timeout
+from .stalls import watch
 
 _IN_PLACE, _DOUBLE, _memory = MPI.IN_PLACE, MPI.DOUBLE, MPI.buffer.fromaddress
+_TIMEOUT_SECONDS = 1800.0  # torch's own
 _own_comms: dict[Any, Any] = {}  # as comm.torch's groups, of MPI.COMM_WORLD
 _float64_dtypes: set[Any] = set()  # torch's and NumPy's float64, once seen
 _THREAD_LEVELS = {
@@ -38,23 +42,31 @@ class MPICommunicator:
 
     Args:
         comm: an mpi4py intracommunicator that this process is in.
+        timeout_seconds: how long a sum may wait for other ranks, unless SYNCBN_TIMEOUT_SECONDS says so.
 
     Attributes:
         rank, world_size: this process's rank in it and its number of ranks.
+        sums, now, timeout_seconds: see stalls.Waiting.
     """
 
-    def __init__(self, comm: Any) -> None:
+    def __init__(self, comm: Any, timeout_seconds: float = _TIMEOUT_SECONDS) -> None:
         self.comm = comm
+        self.sums = 0
+        self.now: Label | bool | None = None
+        self.timeout_seconds = environment_timeout(timeout_seconds)
         self.rank: int = comm.Get_rank()
         self.world_size: int = comm.Get_size()
         self._main_thread_only = MPI.Query_thread() < MPI.THREAD_SERIALIZED
 
-    def all_reduce(self, buffer: Any, label: Label | None = None) -> None:  # noqa: ARG002
+    def all_reduce(self, buffer: Any, label: Label | None = None) -> None:
         """Sums buffer, a tensor or an ndarray, over the ranks, in place. See Communicator.
 
         A GPU-aware library (see gpu_aware) gets the address of a CUDA or ROCm tensor. The sum waits for kernels queued
         on the current stream; later kernels wait for the sum. Other libraries get a copy in pinned host memory. That
         costs little: GPU-aware libraries, too, copy messages this small to the host. Neither way has been run on a GPU.
+
+        MPI has no timeouts: a thread logs a sum that waits for SYNCBN_STALL_SECONDS (30), and ends all ranks by
+        MPI_Abort after timeout_seconds, naming layer, direction and call.
 
         Raises:
             TypeError: buffer is not of float64; MPI has no bfloat16, and mpi4py would sum it wrongly.
@@ -72,12 +84,41 @@ class MPICommunicator:
         elif is_cpu is None and buffer.flags.c_contiguous:
             message = buffer
         else:
-            self._sum_strided_or_on_gpu(buffer)
+            self._sum_strided_or_on_gpu(buffer, label)
             return
+        self._allreduce(message, buffer, label)
+
+    def _allreduce(self, message: Any, buffer: Any, label: Label | None) -> None:
+        """Sums a message, watched; buffer is what it is of."""
+        if not self.sums:
+            watch(self)
+        self.sums += 1
+        self.now = label or True
         try:
             self.comm.Allreduce(_IN_PLACE, message)
         except MPI.Exception as error:
             raise self._failure(buffer, error) from error
+        finally:
+            self.now = None
+
+    def report(self, seconds: float) -> str:
+        """See stalls.Waiting."""
+        whose = "" if self.now is True else f", {self.now},"
+        return (
+            f"{self._prefix()}has waited {seconds:.0f} s for other ranks in a sum over MPI{whose}: those that do not "
+            "say the same have not come; see that every rank runs the same layers in the same order, equally often"
+        )
+
+    def end(self, reason: str) -> None:
+        """See stalls.Waiting. The thread that waits in MPI cannot be made to raise an error."""
+        print(
+            f"{reason}. That is the timeout (init_process_group's, or SYNCBN_TIMEOUT_SECONDS): all ranks end",
+            file=sys.stderr,
+            flush=True,
+        )
+        if MPI.Query_thread() == MPI.THREAD_MULTIPLE:
+            MPI.COMM_WORLD.Abort(1)
+        os._exit(1)  # for which mpirun ends the others
 
     def _failure(self, buffer: Any, error: MPI.Exception) -> RuntimeError:
         if self.comm == MPI.COMM_NULL:
@@ -91,11 +132,11 @@ class MPICommunicator:
             "mpi4py ...`, so that an error on one ends all"
         )
 
-    def _sum_strided_or_on_gpu(self, buffer: Any) -> None:
+    def _sum_strided_or_on_gpu(self, buffer: Any, label: Label | None) -> None:
         """Sums a buffer that is not contiguous host memory: a copy, or in place on a GPU."""
         if getattr(buffer, "is_cpu", True):
             dense = buffer.copy() if hasattr(buffer, "copy") else buffer.contiguous()
-            self.all_reduce(dense)
+            self.all_reduce(dense, label)
             buffer[...] = dense
             return
         if buffer.is_cuda and buffer.is_contiguous():
@@ -104,14 +145,11 @@ class MPICommunicator:
             if ("rocm" if torch.version.hip else "cuda") in gpu_aware():
                 with torch.cuda.device(buffer.device):  # which MPI may ask for
                     torch.cuda.current_stream().synchronize()  # MPI does not wait for kernels
-                    try:
-                        self.comm.Allreduce(_IN_PLACE, [_memory(buffer.data_ptr(), buffer.nbytes), _DOUBLE])
-                    except MPI.Exception as error:
-                        raise self._failure(buffer, error) from error
+                    self._allreduce([_memory(buffer.data_ptr(), buffer.nbytes), _DOUBLE], buffer, label)
                 return
         host = buffer.new_empty(buffer.shape, device="cpu", pin_memory=buffer.is_cuda)
         host.copy_(buffer)  # waits for the kernels that fill buffer
-        self.all_reduce(host)
+        self.all_reduce(host, label)
         buffer.copy_(host, non_blocking=True)  # torch reuses pinned memory only after this copy
 
     def _check_dtype(self, dtype: Any) -> None:

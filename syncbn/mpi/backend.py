@@ -35,7 +35,7 @@ class MPIProcessGroup(Operations):
     def __init__(self, comm: Any, timeout: timedelta) -> None:
         super().__init__(comm, timeout)
         # A duplicate: the layers' messages need no order relative to the group's, which may still be under way.
-        self._direct = MPICommunicator(comm.Dup())
+        self._direct = MPICommunicator(comm.Dup(), timeout.total_seconds())
         self._name = self._description = ""
 
     @property

@@ -64,9 +64,11 @@ def run(*command: object, timeout: float = 100, cwd: Path | None = None, **varia
     return process.returncode, output.decode(errors="replace").replace("\0", "")
 
 
-def mpirun(ranks: int, *arguments: object, timeout: float = 100, cwd: Path | None = None) -> tuple[int, str]:
+def mpirun(
+    ranks: int, *arguments: object, timeout: float = 100, cwd: Path | None = None, **variables: str
+) -> tuple[int, str]:
     """Runs `python *arguments` on so many ranks. See run."""
-    return run(MPIRUN, "-n", ranks, sys.executable, *arguments, timeout=timeout, cwd=cwd)
+    return run(MPIRUN, "-n", ranks, sys.executable, *arguments, timeout=timeout, cwd=cwd, **variables)
 
 
 def passed_on_ranks(ranks: int, folder: Path, tmp_path: Path) -> list[int]:
