@@ -9,7 +9,6 @@ import re
 import signal
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,10 +18,10 @@ import torch
 import torch.distributed as dist
 from support.parity import STEPS, assert_parity
 from support.ranks import rank_errors, run_ranks
+from support.shared_memory import joined, on_all, summed
 
 import syncbn
-from syncbn.comm import Labels, as_communicator, shared_memory
-from syncbn.comm.stalls import stall_seconds
+from syncbn.comm import as_communicator, shared_memory
 
 pytestmark = pytest.mark.skipif(bool(shared_memory.absence()), reason=shared_memory.absence())
 SECONDS = timedelta(seconds=1)
@@ -31,44 +30,6 @@ PART = 8192  # float64 that go at once
 
 def names():
     return {path.name for path in Path("/dev/shm").glob("syncbn-*")}
-
-
-def joined(world_size, timeout=timedelta(seconds=30)):
-    """Lets threads join as the ranks; returns what each got."""
-    barrier, notes = threading.Barrier(world_size), [b""] * world_size
-
-    def exchange(rank, note):
-        assert len(note) == shared_memory.HANDSHAKE_BYTES
-        notes[rank] = note
-        barrier.wait()
-        found = list(notes)
-        barrier.wait()
-        return found
-
-    def join(rank):
-        return shared_memory.join(rank, world_size, timeout, lambda note: exchange(rank, note))
-
-    with ThreadPoolExecutor(world_size) as pool:
-        return list(pool.map(join, range(world_size)))
-
-
-def summed(memory, vector):
-    vector = np.array(vector, np.float64)
-    memory.all_reduce(vector.ctypes.data, len(vector))
-    return vector
-
-
-def on_all(memories, work):
-    """Returns work(rank, memory) of all ranks, each in a thread of its own; a rank that raises returns its error."""
-
-    def attempt(rank):
-        try:
-            return work(rank, memories[rank])
-        except RuntimeError as error:
-            return str(error)
-
-    with ThreadPoolExecutor(len(memories)) as pool:
-        return list(pool.map(attempt, range(len(memories))))
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])
@@ -354,64 +315,3 @@ def test_says_why_there_is_none(monkeypatch):
     assert shared_memory.absence() == "/nonexistent is not there, or not to be written to"
     monkeypatch.setattr(shared_memory, "_library", None)
     assert "compiler" in shared_memory.absence() or "source folder" in shared_memory.absence()
-
-
-def _labelled(rank, memory, layers, length=4):
-    label = Labels.of(layers[rank]).backward
-    label.call = 16 + rank
-    vector = np.ones(length)
-    memory.all_reduce(vector.ctypes.data, length, label)
-    return list(vector)
-
-
-def test_layers_of_one_width_in_another_order_are_an_error_on_every_rank():
-    memories = joined(3)
-    errors = on_all(memories, lambda rank, memory: _labelled(rank, memory, ["1.bn1", "1.bn2", "1.bn1"]))
-    for rank, error in enumerate(errors):
-        assert error.startswith(
-            f"[rank {rank}/3] expected the same message of the same layer from every rank; got backward of 1.bn1, call "
-            "16, 4 float64 from rank 0; backward of 1.bn2, call 17, 4 float64 from rank 1; backward of 1.bn1, call 18"
-        )
-    # Calls are told, not compared; and who gives no label sends with everybody.
-    assert on_all(memories, lambda rank, memory: _labelled(rank, memory, ["a"] * 3)) == [[3.0] * 4] * 3
-    mixed = on_all(memories, lambda r, m: _labelled(r, m, "aa") if r < 2 else list(summed(m, np.ones(4))))
-    assert mixed == [[3.0] * 4] * 3
-
-
-def test_what_differs_is_an_error_before_all_ranks_have_come():
-    memories = joined(3)
-    errors = on_all(memories[:2], lambda rank, memory: _labelled(rank, memory, ["first", "second"]))
-    for error in errors:
-        assert "backward of second, call 17, 4 float64 from rank 1; nothing yet from rank 2" in error
-    with pytest.raises(
-        RuntimeError, match=r"backward of first.* from rank 0; backward of second, call 17,.* from rank 1"
-    ):
-        _labelled(2, memories[2], ["", "", "second"])
-
-
-def test_a_stall_is_logged_with_what_the_missing_ranks_sent_last(monkeypatch, caplog):
-    monkeypatch.setenv("SYNCBN_STALL_SECONDS", "0.2")
-    memories = joined(3, SECONDS)
-    on_all(memories, lambda rank, memory: _labelled(rank, memory, ["stem"] * 3))
-    error, _ = on_all(memories[:2], lambda rank, memory: _labelled(rank, memory, ["head"] * 3))
-    (said,) = {record.message for record in caplog.records if "[rank 0/3]" in record.message}
-    assert said.startswith(
-        "[rank 0/3] has waited 0 s in a sum, backward of head, call 16, 4 float64, for rank 2 (last "
-    )
-    assert "(last backward of stem, call 18, 4 float64); it gives up after 0:00:01" in said
-    assert "expected rank 2 to take part in a sum of 4 float64, backward of head, call 16 within 0:00:01" in error
-    assert "whose last message was backward of stem, call 18, 4 float64" in error
-
-
-def test_long_paths_are_known_by_their_ends():
-    name = "block." * 40
-    memories = joined(2)
-    errors = on_all(memories, lambda rank, memory: _labelled(rank, memory, [name + "bn1", name + "bn2"]))
-    assert all(re.search(r"got \.\.\.(block|lock|ock|ck|k)?\.?.*bn1, call 16.*bn2, call 17", error) for error in errors)
-
-
-def test_what_is_no_number_of_seconds_is_said(monkeypatch):
-    for text in ("soon", "0", "-1", "nan"):
-        monkeypatch.setenv("SYNCBN_STALL_SECONDS", text)
-        with pytest.warns(UserWarning, match=f"SYNCBN_STALL_SECONDS to be a positive number.*got '{text}': 30 serves"):
-            assert stall_seconds() == 30
