@@ -234,15 +234,15 @@ void eager_forward(Value* stack, std::uint64_t, std::uint64_t) {
   const Handle statistics = goes_on ? again(moments.tensor) : new_vector(2 * x.c + 1, torch_api.float64);
   double* const sums = static_cast<double*>(data_of(statistics));
   if (!goes_on) {
-    syncbn_stats(code, x.n, x.c, x.s, x.data, nullptr, sums);
+    syncbn_stats(code, x.n, x.c, x.s, x.data, nullptr, nullptr, sums);
     if (!send(std::int64_t(stack[12]), sums, 2 * x.c + 1))
       return finish<8>(stack, {value(again(x.tensor)), value(statistics), value(kUnsent)});
   }
   const Handle y = x.empty_like();
   void* const out = data_of(y);
   const double count = syncbn_normalise(
-      code, x.n, x.c, x.s, x.data, has_residual ? residual.data : nullptr, out, sums, nullptr, weight.address(),
-      bias.address(), mean.address(), var.address(), static_cast<std::int64_t*>(batches),
+      code, x.n, x.c, x.s, x.data, has_residual ? residual.data : nullptr, out, nullptr, sums, nullptr,
+      weight.address(), bias.address(), mean.address(), var.address(), static_cast<std::int64_t*>(batches),
       mean.is_none() ? 0 : code_of(mean.dtype), real(stack[8]), real(stack[9]), int(stack[10]), real(stack[11]), 0.0);
   finish<8>(stack, {value(y), value(statistics), value(count)});
 }
@@ -283,7 +283,7 @@ void eager_backward(Value* stack, std::uint64_t, std::uint64_t) {
       kept = new_vector(2 * x.c, torch_api.float64), own = static_cast<double*>(data_of(kept));
     }
     syncbn_backward_reduce(code, x.n, x.c, x.s, dy.data, x.data, has_gate ? gate.data : nullptr,
-                           g ? data_of(g) : nullptr, of_all, weight.address(), bias.address(),
+                           g ? data_of(g) : nullptr, nullptr, of_all, weight.address(), bias.address(),
                            grad_weight ? data_of(grad_weight) : nullptr, grad_bias ? data_of(grad_bias) : nullptr, own,
                            activation, slope, 0.0);
     sums = own;
@@ -294,7 +294,7 @@ void eager_backward(Value* stack, std::uint64_t, std::uint64_t) {
   }
   const Handle dx = x.empty_like();
   void* const out = data_of(dx);
-  syncbn_backward_elemt(code, x.n, x.c, x.s, gradient, x.data, out, of_all, weight.address(), bias.address(), sums,
+  syncbn_backward_elemt(code, x.n, x.c, x.s, gradient, x.data, out, nullptr, of_all, weight.address(), bias.address(), sums,
                         activation, slope, 0.0);
   if (kept) torch_api.delete_handle(kept);
   finish<7>(stack, {value(dx), grad_weight ? value(grad_weight) : nothing(), grad_bias ? value(grad_bias) : nothing(),
