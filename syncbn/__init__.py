@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .nn import SyncBatchNormAct as SyncBatchNormAct
     from .nn import checkpoint_contexts as checkpoint_contexts
     from .nn import convert_sync_batchnorm as convert_sync_batchnorm
+    from .nn import masked as masked
     from .nn import recalibrate as recalibrate
     from .nn import revert_sync_batchnorm as revert_sync_batchnorm
     from .nn import scale_loss as scale_loss
@@ -35,6 +36,7 @@ __all__ = [
     "convert_sync_batchnorm",
     "functional",
     "init_process_group",
+    "masked",
     "numpy",
     "recalibrate",
     "revert_sync_batchnorm",

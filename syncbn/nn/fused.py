@@ -89,7 +89,7 @@ def normalise(
 
 
 class _FusedNorm(torch.autograd.Function):
-    """As autograd.BatchStatsNorm; it saves the same."""
+    """As autograd.BatchStatsNorm without a mask; it saves the same."""
 
     @staticmethod
     def forward(
@@ -108,10 +108,10 @@ class _FusedNorm(torch.autograd.Function):
             raise _Declined
         y, statistics = found
         if activation == 0:
-            ctx.save_for_backward(input, weight, None, None, statistics)
+            ctx.save_for_backward(input, weight, None, None, statistics, None)
         else:
             gate = None if residual is None else residual if epilogue.activation == "silu" else y
-            ctx.save_for_backward(input, weight, bias, gate, statistics)
+            ctx.save_for_backward(input, weight, bias, gate, statistics, None)
         ctx.set_materialize_grads(False)
         ctx.rest = rest
         return y
@@ -133,7 +133,7 @@ class _FusedNorm(torch.autograd.Function):
             return _general_backward(ctx, grad_output, None)
         if bias_dtype is not None and bias_dtype is not torch.float32:
             return _general_backward(ctx, grad_output, saved)
-        input, weight, bias, gate, statistics = saved
+        input, weight, bias, gate, statistics, _ = saved
         found = backward_in_one_call(
             _fused, comm, grad_output, input, weight, bias, gate, statistics, bias_dtype is not None, activation,
             epilogue.slope,
