@@ -80,9 +80,9 @@ def sync_batch_norm(
     if not training:
         return running_stats_norm(input, running_mean, running_var, weight, bias, eps, mask)
     group = _Group(process_group)
-    if mask is None and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
         running = running_mean, running_var, None, momentum
-        y = fused.normalise(input, channels_of(input), *running, weight, bias, eps, group, PLAIN, None)
+        y = fused.normalise(input, channels_of(input), *running, weight, bias, eps, group, PLAIN, None, mask)
         if y is not None:
             return y
     updated = Running(running_mean, running_var, None, momentum)

@@ -111,8 +111,8 @@ class SyncBatchNorm(_BatchNorm):
         """Returns activation(normalised + residual)."""
         if mask is None and self._syncbn_mask is not None:
             mask = self._syncbn_mask.of(input)
-        if mask is None and self.training and not _is_compiling():
-            y = self._normalise_in_one_call(input, epilogue, residual)
+        if self.training and not _is_compiling():
+            y = self._normalise_in_one_call(input, epilogue, residual, mask)
             if y is not None:
                 return y
         if not wrappers.are_tensors(input, residual, mask):
@@ -120,7 +120,9 @@ class SyncBatchNorm(_BatchNorm):
             return result
         return self._normalise_tensors(input, epilogue, residual, mask)
 
-    def _normalise_in_one_call(self, input: Tensor, epilogue: Epilogue, residual: Tensor | None) -> Tensor | None:
+    def _normalise_in_one_call(
+        self, input: Tensor, epilogue: Epilogue, residual: Tensor | None, mask: Tensor | None
+    ) -> Tensor | None:
         """Returns the result in the usual case, with nothing in between; else None."""
         parameters, buffers = self._parameters, self._buffers
         mean = var = batches = None
@@ -138,7 +140,7 @@ class SyncBatchNorm(_BatchNorm):
             return None
         running = mean, var, batches, self.momentum
         return fused.normalise(
-            input, self.num_features, *running, weight, bias, self.eps, self._syncbn_group, epilogue, residual
+            input, self.num_features, *running, weight, bias, self.eps, self._syncbn_group, epilogue, residual, mask
         )
 
     def _normalise_tensors(
