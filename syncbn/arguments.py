@@ -6,8 +6,6 @@ import math
 from numbers import Real
 from typing import Any
 
-import numpy as np
-
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 _known_dtypes: set[Any] = set()  # dtypes of both libraries that were found to be floating: looked up in nanoseconds
 
@@ -59,7 +57,7 @@ def check_arguments(
 
 
 def full_mask(mask: Any, x: Any) -> Any:
-    """Returns the mask of a batch in the shape that kernels take, (N, 1, *), as a view; None for None.
+    """Returns the mask of a batch in the shape that kernels take, (N, 1, *), of tensors as a view; None for None.
 
     Args:
         mask: bool, of x's library and device, True at valid positions: of shape (N, 1, *), (N, *), or one that
@@ -94,7 +92,12 @@ def full_mask(mask: Any, x: Any) -> Any:
         )
     if shape == full:
         return mask
-    return mask.expand(full) if is_tensor else np.broadcast_to(mask, full)
+    if is_tensor:
+        return mask.expand(full)
+    mask = mask.reshape((1,) * (len(full) - len(shape)) + shape)
+    for axis, size in enumerate(full):
+        mask = mask if mask.shape[axis] == size else mask.repeat(size, axis)
+    return mask
 
 
 def _is_number(v: Any) -> bool:
