@@ -74,7 +74,7 @@ def masked(model: nn.Module, mask: Tensor | None) -> Iterator[None]:
 
     Contexts may be nested: the inner one holds for the layers of its model, None for no mask, and on leaving, by an
     error too, the outer one is back. In a compiled model the mask may change from call to call; a model is compiled
-    once with a mask, and once without.
+    once with a mask, and once without. Enter the context outside of what is compiled.
 
     A model has one mask at a time, whichever thread runs it: to enter on another thread while one is in the context is
     an error. Backward may run after it, but for what is recomputed (torch.utils.checkpoint in eager mode): there call

@@ -12,10 +12,10 @@ from test_epilogue import EPILOGUES, IN_PLACE, case
 
 from syncbn.kernels import PLAIN, Running, reference
 
-SHAPES = [(5, 3, 7), (4, 1, 9), (9, 6, 1), (3, 2, 49), (9, 2, 601), (70, 12, 1), (5, 48, 1), (0, 4, 3), (2, 3, 0)]
+SHAPES = [(5, 3, 7), (9, 6, 1), (4, 1, 9), (9, 2, 601), (70, 12, 1), (5, 48, 1), (0, 4, 3), (2, 3, 0)]
 # Shapes, each with a kind of mask.
 CASES = [(shape, "random") for shape in SHAPES]
-CASES += [(shape, kind) for shape in SHAPES[:3] for kind in ("padding", "all", "none")]
+CASES += [(shape, kind) for shape in SHAPES[:2] for kind in ("padding", "all", "none")]
 
 
 @pytest.fixture(autouse=True)
