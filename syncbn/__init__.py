@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .nn import checkpoint_contexts as checkpoint_contexts
     from .nn import convert_sync_batchnorm as convert_sync_batchnorm
     from .nn import even as even
+    from .nn import masked as masked
     from .nn import recalibrate as recalibrate
     from .nn import revert_sync_batchnorm as revert_sync_batchnorm
     from .nn import scale_loss as scale_loss
@@ -40,6 +41,7 @@ __all__ = [
     "functional",
     "init_process_group",
     "lightning",
+    "masked",
     "numpy",
     "profile",
     "recalibrate",

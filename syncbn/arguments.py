@@ -1,4 +1,4 @@
-"""What a batch and its vectors must be."""
+"""What a batch, its vectors and its mask must be."""
 
 from __future__ import annotations
 
@@ -54,6 +54,50 @@ def check_arguments(
         raise ValueError(f"expected eps above 0; got {eps!r}: a channel of equal values would be divided by 0")
     if not _is_number(momentum) or (isinstance(momentum, float) and not math.isfinite(momentum)):
         raise ValueError(f"expected momentum to be a finite number; got {momentum!r}")
+
+
+def full_mask(mask: Any, x: Any) -> Any:
+    """Returns the mask of a batch in the shape that kernels take, (N, 1, *), of tensors as a view; None for None.
+
+    Args:
+        mask: bool, of x's library and device, True at valid positions: of shape (N, 1, *), (N, *), or one that
+            broadcasts to (N, 1, *) by the rules of torch and NumPy; or None.
+        x: (N, C, *).
+
+    Raises:
+        TypeError: mask is no array of x's library, or not of bool.
+        ValueError: mask has a shape that does not fit, or is on another device.
+    """
+    if mask is None:
+        return None
+    is_tensor = hasattr(x, "as_strided")
+    if not hasattr(mask, "as_strided" if is_tensor else "strides"):
+        wanted = "torch.Tensor" if is_tensor else "numpy.ndarray"
+        raise TypeError(f"expected mask to be a {wanted} of bool, or None; got {type(mask).__name__}: convert it first")
+    if str(mask.dtype).removeprefix("torch.") != "bool":
+        raise TypeError(f"expected mask of dtype bool, True at valid positions; got {mask.dtype}: pass mask != 0, say")
+    if is_tensor and (mask.device, mask.layout) != (x.device, x.layout):
+        raise ValueError(
+            f"expected a {x.layout} mask on the input's device, {x.device}; got {mask.layout} on {mask.device}: move it"
+        )
+    n, _, *spatial = x.shape
+    shape, full = tuple(mask.shape), (n, 1, *spatial)
+    if shape == (n, *spatial) and len(shape) == len(full) - 1:
+        return mask[:, None]
+    axes = zip(reversed(shape), reversed(full), strict=False)
+    if len(shape) > len(full) or any(size not in (1, wanted) for size, wanted in axes):
+        raise ValueError(
+            f"expected a mask of shape (N, 1, *), (N, *), or one that broadcasts to (N, 1, *), for an input of shape "
+            f"{tuple(x.shape)}; got {shape}: it says for each position, of all channels, whether it is valid"
+        )
+    if shape == full:
+        return mask
+    if is_tensor:
+        return mask.expand(full)
+    mask = mask.reshape((1,) * (len(full) - len(shape)) + shape)
+    for axis, size in enumerate(full):
+        mask = mask if mask.shape[axis] == size else mask.repeat(size, axis)
+    return mask
 
 
 def _is_number(v: Any) -> bool:

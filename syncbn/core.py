@@ -80,7 +80,7 @@ def normalise(
     count = kernels.normalise(x, moments, center, running, eps, weight, bias, y, epilogue, residual, mask)
     if count is not None:
         check_count(count, comm)
-    elif comm.world_size == 1:
+    elif comm.world_size == 1 and mask is None:  # with a mask the count is known on the device only
         check_count(float(x.shape[0] * math.prod(x.shape[2:])), comm)
     else:
         _check_later(moments, comm)
@@ -116,7 +116,8 @@ def forward(
         comm: the communicator.
         epilogue: the activation, and whether y overwrites x.
         residual: as x, or None.
-        mask: (N, 1, *) bool, the valid positions, or None for all; not served yet.
+        mask: (N, 1, *) bool, the valid positions, or None for all; ranks may differ in that. Elements elsewhere count
+            for nothing, and y and dx are 0 there.
         label: which layer's call this is, for the communicator, or None.
 
     Returns:
@@ -126,14 +127,15 @@ def forward(
         all_reduce of 2c + 1 float64; float64 input sends a second of the same size. Every rank must call.
 
     Raises:
-        ValueError: one element a channel over all ranks, on every rank. Nothing is written to y, nor to the running
-            statistics.
+        ValueError: one (valid) element a channel over all ranks, on every rank. Nothing is written to y, nor to the
+            running statistics.
         RuntimeError: another rank refused its input, or float64 input on some ranks only. As ValueError.
 
         On accelerators reading the count would stall the device. There the running statistics stay as they are, y is
         NaN where another rank refused its input, and activation(bias + residual) for one element a channel; and the
         same error is raised by a later call of forward or backward on the device, or by deferred.synchronize_errors.
-        It is never raised for calls that were captured in a graph. In a world of one it is raised at once.
+        It is never raised for calls that were captured in a graph. In a world of one it is raised at once, unless there
+        is a mask.
     """
     moments, center = reduce(x, kernels, comm, mask, label)
     return normalise(x, y, weight, bias, running, eps, kernels, comm, moments, center, epilogue, residual, mask)
@@ -206,7 +208,15 @@ def backward(
 
 
 def eval_forward(
-    x: Any, y: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, eps: float, kernels: Any
+    x: Any,
+    y: Any,
+    weight: Any,
+    bias: Any,
+    running_mean: Any,
+    running_var: Any,
+    eps: float,
+    kernels: Any,
+    mask: Any = None,
 ) -> Any:
     """Normalises x by the running statistics: as forward, with nothing sent and nothing updated."""
     # The moments about running_mean, in float64, of two elements with that mean and variance: normalise makes exactly
@@ -217,17 +227,25 @@ def eval_forward(
     center = 1.0 * moments[:c]
     moments[:c], moments[c:-1], moments[-1] = 0, running_var, 2
     moments[c:-1] *= 2
-    kernels.normalise(x, moments, center, Running(), eps, weight, bias, y)
+    kernels.normalise(x, moments, center, Running(), eps, weight, bias, y, mask=mask)
     return moments
 
 
 def eval_backward(
-    dy: Any, x: Any, dx: Any, weight: Any, grad_weight: Any, grad_bias: Any, statistics: Any, kernels: Any
+    dy: Any,
+    x: Any,
+    dx: Any,
+    weight: Any,
+    grad_weight: Any,
+    grad_bias: Any,
+    statistics: Any,
+    kernels: Any,
+    mask: Any = None,
 ) -> None:
     """Differentiates eval_forward: as backward, but mean and invstd are constants, and nothing is sent."""
-    kernels.backward_reduce(dy, x, statistics, weight, None, grad_weight, grad_bias)
+    kernels.backward_reduce(dy, x, statistics, weight, None, grad_weight, grad_bias, mask=mask)
     no_sums = kernels.backward_reduce(dy[:0], x[:0], statistics, weight, None)
-    kernels.backward_elemt(dy, x, statistics, weight, None, no_sums, dx)
+    kernels.backward_elemt(dy, x, statistics, weight, None, no_sums, dx, mask=mask)
 
 
 def refuse(error: Exception, message: Any, comm: Any, label: Label | None = None) -> NoReturn:

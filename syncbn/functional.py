@@ -28,6 +28,7 @@ def sync_batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
     process_group: Any = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Normalises each channel of a batch that is spread over the ranks of a group.
 
@@ -46,9 +47,14 @@ def sync_batch_norm(
         process_group: None (the default group, or this process alone while torch.distributed is not initialised), a
             ProcessGroup, a one-dimensional DeviceMesh, an mpi4py communicator, a syncbn.comm.Communicator, or "own",
             "node" or a number of ranks as in SyncBatchNorm.
+        mask: which positions of the input are valid (True), on the input's device; None: all. Statistics, running
+            statistics and gradients are of the valid positions of all ranks alone, in number and in sums. Elsewhere the
+            result and the gradient of the input are 0, whatever stands there, NaN and infinity included; in evaluation,
+            too. Some ranks may have a mask and others none; a rank without a valid position is like an empty one.
 
     Shape:
         input: (N, C, ...); running_mean, running_var, weight, bias: (C,); the result: as input, in its memory format.
+        mask: bool, (N, 1, ...), (N, ...), or what broadcasts to (N, 1, ...); for an input (N, C, T), (N, T), say.
 
     Collective:
         In training, one all_reduce of 2C + 1 float64 forward (float64 input: two) and one of 2C float64 backward; every
@@ -60,25 +66,27 @@ def sync_batch_norm(
         changes nothing.
 
     Raises:
-        TypeError: an input that is not of a floating dtype, or a process_group of an unknown type.
-        ValueError: shapes that do not fit, a group this process is not in, or a single element per channel over all
-            ranks.
+        TypeError: an input that is not of a floating dtype, a mask that is not of bool, or a process_group of an
+            unknown type.
+        ValueError: shapes or devices that do not fit, a group this process is not in, or a single (valid) element per
+            channel over all ranks.
         RuntimeError: another rank raised one of these; no rank is left waiting.
     """
     vectors = running_mean, running_var, weight, bias
-    if has_torch_function((input, *vectors)):
-        options = training, momentum, eps, process_group
-        result: Tensor = handle_torch_function(sync_batch_norm, (input, *vectors), input, *vectors, *options)
+    if has_torch_function((input, *vectors, mask)):
+        options: Any = (training, momentum, eps, process_group, mask)
+        result: Tensor = handle_torch_function(sync_batch_norm, (input, *vectors, mask), input, *vectors, *options)
         return result
     if not training:
-        return running_stats_norm(input, running_mean, running_var, weight, bias, eps)
+        return running_stats_norm(input, running_mean, running_var, weight, bias, eps, mask)
     group = _Group(process_group)
     if not torch.compiler.is_compiling():
         running = running_mean, running_var, None, momentum
-        y = fused.normalise(input, channels_of(input), *running, weight, bias, eps, group, PLAIN, None)
+        y = fused.normalise(input, channels_of(input), *running, weight, bias, eps, group, PLAIN, None, mask)
         if y is not None:
             return y
-    return batch_stats_norm(input, 0, Running(running_mean, running_var, None, momentum), weight, bias, eps, group)
+    updated = Running(running_mean, running_var, None, momentum)
+    return batch_stats_norm(input, 0, updated, weight, bias, eps, group, mask=mask)
 
 
 class _Group:

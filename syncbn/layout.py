@@ -50,6 +50,11 @@ class Layout:
         x = x.reshape((n, c, math.prod(spatial)))
         return x.swapaxes(1, 2).reshape(self.flat_shape) if self.channels_last else x
 
+    def flatten_mask(self, mask: Any) -> Any:
+        """Views, or copies, a mask of a batch, (N, 1, ...), as (n, 1, s); None for None."""
+        n, _, s = self.flat_shape
+        return None if mask is None else mask.reshape((n, 1, s))
+
     def restore(self, y: Any) -> Any:
         """Views y, of shape (n, c, s), in this layout's shape and memory format."""
         if self.channels_last:

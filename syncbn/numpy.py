@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from . import core
-from .arguments import check_arguments
+from .arguments import check_arguments, full_mask
 from .comm import Communicator, GroupHandle, LocalCommunicator
 from .kernels import Running, empty, select
 from .layout import layout_of
@@ -45,7 +45,7 @@ class SyncBatchNorm:
 
     Shape:
         forward's x and backward's dy: (N, C, ...), float16, float32 or float64; N may be 0 and may differ between
-        ranks.
+        ranks. forward's mask: bool, (N, 1, ...), (N, ...), or what broadcasts to (N, 1, ...).
 
     Collective:
         In training mode one all_reduce of 2C + 1 float64 forward (float64 x: two), one of 2C float64 backward; every
@@ -84,7 +84,7 @@ class SyncBatchNorm:
         self.num_batches_tracked: Array | None = np.array(0, np.int64) if track_running_stats else None
         self.grad_weight: Array | None = None
         self.grad_bias: Array | None = None
-        self._saved: tuple[Array, Array | None, Array, Communicator | None] | None = None
+        self._saved: tuple[Array, Array | None, Array, Array | None, Communicator | None] | None = None
 
     @property
     def comm(self) -> Any:
@@ -107,11 +107,16 @@ class SyncBatchNorm:
         """Sets evaluation mode (running statistics, nothing sent) and returns the layer."""
         return self.train(False)
 
-    def forward(self, x: Array) -> Array:
+    def forward(self, x: Array, mask: Array | None = None) -> Array:
         """Normalises x, (N, C, ...), and keeps what backward needs: x itself, which must stay as it is until then.
 
+        Args:
+            x: the batch.
+            mask: which positions are valid (True), or None for all; must stay as it is, too. See
+                syncbn.functional.sync_batch_norm.
+
         Raises:
-            TypeError: x is no ndarray of a floating dtype, or a matrix or masked array.
+            TypeError: x is no ndarray of a floating dtype, or a matrix or masked array; mask is no ndarray of bool.
             ValueError: shapes that do not fit, or a single element per channel over all ranks.
             RuntimeError: another rank raised one of these; no rank is left waiting.
         """
@@ -119,20 +124,20 @@ class SyncBatchNorm:
         comm = self._group.communicator("comm") if self.training and self.comm is not None else LocalCommunicator()
         try:
             self._check(x)
-            kernels = select(x)
+            kernels, mask = select(x), full_mask(mask, x)
         except Exception as error:
             core.refuse(error, np.empty(2 * self.num_features + 1), comm)
         y: Array = empty(layout_of(x), x)
         weight = None if self.weight is None else self.weight.copy()  # backward's, whatever an optimizer does before it
         if self.training or self.running_mean is None:
             running = self._running() if self.training and self.track_running_stats else Running()
-            statistics = core.forward(x, y, weight, self.bias, running, self.eps, kernels, comm)
-            self._saved = x, weight, statistics, comm
+            statistics = core.forward(x, y, weight, self.bias, running, self.eps, kernels, comm, mask=mask)
+            self._saved = x, weight, statistics, mask, comm
         else:
             statistics = core.eval_forward(
-                x, y, weight, self.bias, self.running_mean, self.running_var, self.eps, kernels
+                x, y, weight, self.bias, self.running_mean, self.running_var, self.eps, kernels, mask
             )
-            self._saved = x, weight, statistics, None
+            self._saved = x, weight, statistics, mask, None
         return y
 
     def _check(self, x: Array) -> None:
@@ -160,7 +165,7 @@ class SyncBatchNorm:
         """
         if self._saved is None:
             raise RuntimeError("expected backward after forward; got no forward: call forward(x) first")
-        x, weight, statistics, comm = self._saved
+        x, weight, statistics, mask, comm = self._saved
         try:
             dy = np.asarray(dy)
             if dy.shape != x.shape:
@@ -175,9 +180,9 @@ class SyncBatchNorm:
         self.grad_bias = None if self.bias is None else np.empty_like(self.bias)
         gradients = self.grad_weight, self.grad_bias
         if comm is None:
-            core.eval_backward(dy, x, dx, weight, *gradients, statistics, kernels)
+            core.eval_backward(dy, x, dx, weight, *gradients, statistics, kernels, mask)
         else:
-            core.backward(dy, x, dx, weight, None, *gradients, statistics, kernels, comm)
+            core.backward(dy, x, dx, weight, None, *gradients, statistics, kernels, comm, mask=mask)
         return dx
 
     def state_dict(self) -> dict[str, Array]:

@@ -27,6 +27,7 @@ FLAGS = "-fsanitize=address,undefined -fno-omit-frame-pointer -g"
 TESTS = [
     "tests/kernels/test_contract.py",
     "tests/kernels/test_epilogue.py",
+    "tests/kernels/test_mask.py",
     "tests/kernels/test_memory.py",
     "tests/comm/test_shared_memory.py",
     "tests/nn/test_fused.py",

@@ -89,16 +89,6 @@ def test_a_count_that_no_ranks_can_have_is_an_error_and_changes_nothing(factor, 
     assert [v.tolist() for v in running[:3]] == [[0.0] * 3, [1.0] * 3, 0]
 
 
-def test_no_mask_is_taken_before_a_message_is_sent():
-    comm, x = OnlyBuffers(), torch.randn(4, 3, 2)
-    mask = torch.ones(4, 1, 2, dtype=torch.bool)
-    with pytest.raises(NotImplementedError, match="mask"):
-        core.forward(x, x * 0, None, None, Running(), 1e-5, select(x), comm, mask=mask)
-    with pytest.raises(NotImplementedError, match="mask"):
-        core.backward(x, x, x * 0, None, None, None, None, torch.ones(7).double(), select(x), comm, mask=mask)
-    assert comm.lengths == []
-
-
 @pytest.mark.parametrize("name", [i.name for i in available() if not i.absence()])
 def test_evaluation_works_with_exactly_the_running_statistics(name):
     (kernels,) = (implementation.module for implementation in available() if implementation.name == name)

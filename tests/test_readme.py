@@ -54,6 +54,12 @@ def test_the_mpi_example_runs_under_mpirun(tmp_path):
     assert means[0][1] == means[1][1]
 
 
+def test_the_masks_example_prints_what_it_says(capsys):
+    (example,) = (text for text in EXAMPLES if "syncbn.masked" in text)
+    exec(example, {})
+    assert capsys.readouterr().out.strip() == example.rpartition("# ")[2].strip()
+
+
 def test_there_are_exactly_two_commands_for_a_fresh_machine():
     section = README.read_text().partition("## Try it")[2].partition("\n## ")[0]
     (block,) = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)

@@ -179,4 +179,5 @@ def test_the_function_has_the_arguments_of_torchs():
 
     ours = list(inspect.signature(syncbn.functional.sync_batch_norm).parameters.values())
     theirs = list(inspect.signature(nn.functional.batch_norm).parameters.values())
-    assert [(p.name, p.default) for p in ours] == [*((p.name, p.default) for p in theirs), ("process_group", None)]
+    more = [("process_group", None), ("mask", None)]
+    assert [(p.name, p.default) for p in ours] == [*((p.name, p.default) for p in theirs), *more]

@@ -3,6 +3,7 @@
 // The backward of Relu and LeakyRelu needs only the sign of z: y, which has the same sign, serves as well.
 #pragma once
 
+#include "kernels.h"
 #include "simd.h"
 
 namespace {
@@ -13,7 +14,7 @@ struct Identity {
 };
 
 struct Relu {
-  static constexpr bool kGateIsOutput = true;
+  static constexpr bool gate_is_output() { return true; }
   // A bit mask: multiplying infinity or NaN by 0 would give NaN.
   template <class V, class M> static V keep(V v, M mask) {
     typedef typename simd::Bits<V>::Same U;
@@ -25,7 +26,7 @@ struct Relu {
 };
 
 struct LeakyRelu {
-  static constexpr bool kGateIsOutput = true;
+  static constexpr bool gate_is_output() { return true; }
   float slope_f, inverse_f;
   double slope_d, inverse_d;
   explicit LeakyRelu(double slope)
@@ -43,7 +44,7 @@ struct LeakyRelu {
 };
 
 struct Silu {
-  static constexpr bool kGateIsOutput = false;
+  static constexpr bool gate_is_output() { return false; }
   // Below -88 silu(z) is less than 1e-35 anyway, and exp would leave its range.
   template <class V> static V bounded(V z) {
     typedef typename simd::Bits<V>::Scalar S;
@@ -61,6 +62,24 @@ struct Silu {
     z = bounded(z);
     const V one = V{} + typename simd::Bits<V>::Scalar(1), p = sigmoid(z);
     return g * (p * (one + z * (one - p)));
+  }
+};
+
+// Any of these, chosen at run time, and the longest of them called, not inlined: for masked arrays, so that compiling takes
+// half as long.
+struct AnyActivation {
+  bool is_silu, is_relu;
+  LeakyRelu leaky;
+  explicit AnyActivation(Epilogue epilogue)
+      : is_silu(epilogue.activation == kSilu), is_relu(epilogue.slope == 0), leaky(epilogue.slope) {}
+  bool gate_is_output() const { return !is_silu; }
+  template <class V> static __attribute__((noinline)) V silu(V z) { return Silu{}.forward(z); }
+  template <class V> static __attribute__((noinline)) V silu_backward(V g, V z) { return Silu{}.backward(g, z); }
+  template <class V> V forward(V z) const {
+    return is_silu ? silu(z) : is_relu ? Relu{}.forward(z) : leaky.forward(z);
+  }
+  template <class V> V backward(V g, V z) const {
+    return is_silu ? silu_backward(g, z) : is_relu ? Relu{}.backward(g, z) : leaky.backward(g, z);
   }
 };
 

@@ -6,10 +6,12 @@
 
 #include "activations.h"
 #include "map.h"
+#include "mask.h"
 #include "reduce.h"
 
 namespace {
 
+using simd::keep;
 using simd::load;
 using simd::load_half;
 using simd::load_pair;
@@ -41,8 +43,8 @@ template <class T> struct Moments {
   template <class D> D channel(long c) const { return splat<D>(center ? center[c] : 0.0); }
   template <class D> D channels(long c) const { return center ? load<D>(center + c) : D{}; }
   template <int kCount> SYNCBN_INLINE void prefetch(long i) const { simd::prefetch<kCount>(x + i); }
-  template <class D> SYNCBN_INLINE Factors<D> at(long i, const D& center_c) const {
-    const D v = load<D>(x + i) - center_c;
+  template <class D, class Valid> SYNCBN_INLINE Factors<D> at(long i, const D& center_c, Valid valid) const {
+    const D v = keep(load<D>(x + i) - center_c, valid);
     return {v, v};
   }
 };
@@ -55,8 +57,8 @@ template <class T> struct RawMoments {
   template <class D> Nothing<D> channel(long) const { return {}; }
   template <class D> Nothing<D> channels(long) const { return {}; }
   template <int kCount> SYNCBN_INLINE void prefetch(long i) const { simd::prefetch<kCount>(x + i); }
-  template <class D> SYNCBN_INLINE Factors<D> at(long i, Nothing<D>) const {
-    const D v = load<D>(x + i);
+  template <class D, class Valid> SYNCBN_INLINE Factors<D> at(long i, Nothing<D>, Valid valid) const {
+    const D v = keep(load<D>(x + i), valid);
     return {v, v};
   }
 };
@@ -94,19 +96,20 @@ template <class T, class Activation, bool kResidual> struct Normalise {
     simd::prefetch<kCount>(x + i);
     if constexpr (kResidual) simd::prefetch<kCount>(residual + i);
   }
-  template <class V> SYNCBN_INLINE void put(long i, const Affine<V>& k) const {
+  template <class V, class Valid> SYNCBN_INLINE void put(long i, const Affine<V>& k, Valid valid) const {
     V z = k(load<V>(x + i));
     if constexpr (kResidual) z = z + load<V>(residual + i);
-    simd::put(activation.forward(z), out + i, streaming);
+    simd::put(keep(activation.forward(z), valid), out + i, streaming);
   }
-  template <class V> SYNCBN_INLINE void put_pair(long i, const Affine<V>& k, const Affine<V>& l) const {
+  template <class V, class Valid>
+  SYNCBN_INLINE void put_pair(long i, const Affine<V>& k, const Affine<V>& l, Valid valid) const {
     const Pair<V> v = load_pair<V>(x + i);
     Pair<V> z{k(v.first), l(v.second)};
     if constexpr (kResidual) {
       const Pair<V> r = load_pair<V>(residual + i);
       z = {z.first + r.first, z.second + r.second};
     }
-    simd::put_pair(Pair<V>{activation.forward(z.first), activation.forward(z.second)}, out + i, streaming);
+    simd::put_pair(Pair<V>{activation.forward(z.first), activation.forward(z.second)}, out + i, streaming, valid);
   }
 };
 
@@ -137,7 +140,7 @@ template <class T, class Activation, Source kSource> struct Differentiate {
       // In place, k.scale is the inverse of forward's.
       return {activation.backward(g, v), (activation.inverse(v) - k.bias) * k.scale};
     } else if constexpr (kSource == Source::kGated) {
-      return {activation.backward(g, Activation::kGateIsOutput ? other : k(v) + other), v - k.mean};
+      return {activation.backward(g, activation.gate_is_output() ? other : k(v) + other), v - k.mean};
     } else {
       return {activation.backward(g, k(v)), v - k.mean};
     }
@@ -173,16 +176,17 @@ template <class T, class Activation, Source kSource> struct BackwardSums {
     return {load<D>(mean + c), terms.affine.template channels<V>(c)};
   }
   template <int kCount> SYNCBN_INLINE void prefetch(long i) const { terms.template prefetch<kCount>(i); }
-  template <class D> SYNCBN_INLINE Factors<D> at(long i, const Constants<D>& k) const {
+  template <class D, class Valid> SYNCBN_INLINE Factors<D> at(long i, const Constants<D>& k, Valid valid) const {
     if constexpr (kSource == Source::kPlain) {
-      return {load<D>(terms.dy + i), load<D>(terms.x + i) - k.mean};
+      return {keep(load<D>(terms.dy + i), valid), keep(load<D>(terms.x + i) - k.mean, valid)};
     } else {
       using V = typename Elementwise<T, D>::type;
       const Terms<V> t = terms(i, k.affine);
-      if constexpr (kSource == Source::kGated) simd::store(t.g, g + i);
+      const V kept = keep(t.g, valid);
+      if constexpr (kSource == Source::kGated) simd::store(kept, g + i);
       // In place, k.mean is the rounded mean minus the exact one.
-      if constexpr (kSource == Source::kFromY) return {simd::widen(t.g), simd::widen(t.xmu) + k.mean};
-      else return {simd::widen(t.g), load<D>(terms.x + i) - k.mean};
+      if constexpr (kSource == Source::kFromY) return {simd::widen(kept), keep(simd::widen(t.xmu) + k.mean, valid)};
+      else return {simd::widen(kept), keep(load<D>(terms.x + i) - k.mean, valid)};
     }
   }
 };
@@ -209,12 +213,13 @@ template <class T, class Activation, Source kSource> struct InputGradient {
     return {terms.affine.template half<V, kSecond>(c), of(slope), of(mean_dy), of(scale)};
   }
   template <int kCount> SYNCBN_INLINE void prefetch(long i) const { terms.template prefetch<kCount>(i); }
-  template <class V> SYNCBN_INLINE void put(long i, const Gradient<V>& k) const {
-    simd::put(of(terms(i, k.affine), k), out + i, streaming);
+  template <class V, class Valid> SYNCBN_INLINE void put(long i, const Gradient<V>& k, Valid valid) const {
+    simd::put(keep(of(terms(i, k.affine), k), valid), out + i, streaming);
   }
-  template <class V> SYNCBN_INLINE void put_pair(long i, const Gradient<V>& k, const Gradient<V>& l) const {
+  template <class V, class Valid>
+  SYNCBN_INLINE void put_pair(long i, const Gradient<V>& k, const Gradient<V>& l, Valid valid) const {
     const Pair<Terms<V>> t = terms.pair(i, k.affine, l.affine);
-    simd::put_pair(Pair<V>{of(t.first, k), of(t.second, l)}, out + i, streaming);
+    simd::put_pair(Pair<V>{of(t.first, k), of(t.second, l)}, out + i, streaming, valid);
   }
   template <class V> static SYNCBN_INLINE V of(const Terms<V>& t, const Gradient<V>& k) {
     return (t.g - t.xmu * k.slope - k.mean_dy) * k.scale;
@@ -223,8 +228,8 @@ template <class T, class Activation, Source kSource> struct InputGradient {
 
 // ---- from run-time arguments to types -----------------------------------------------------------------------------
 
-template <class Op, class T> void map_as(const Op& op, Shape shape, int arrays) {
-  map<typename Accumulate<T>::vector, A<T>>(op, shape, arrays * shape.size() * long(sizeof(T)));
+template <class T, class Op, class M> void map_as(const Op& op, const M& mask, Shape shape, int arrays) {
+  map<typename Accumulate<T>::vector, A<T>>(op, mask, shape, arrays * shape.size() * long(sizeof(T)));
 }
 
 // The rows of a single channel are one long row.
@@ -241,48 +246,57 @@ template <class F> void with_type(int dtype, const F& f) {
 }
 
 // Calls f(activation) for the activation of an epilogue.
-template <class F> void with_activation(Epilogue epilogue, const F& f) {
-  switch (epilogue.activation) {
+template <class M, class F> void with_activation(Epilogue epilogue, const M&, const F& f) {
+  if constexpr (std::is_same_v<M, Mask>)
+    return epilogue.activation == kNone ? f(Identity{}) : f(AnyActivation(epilogue));
+  else switch (epilogue.activation) {
     case kNone: return f(Identity{});
     case kLeakyRelu: return epilogue.slope != 0 ? f(LeakyRelu(epilogue.slope)) : f(Relu{});
     case kSilu: return f(Silu{});
   }
 }
 
-void stats(int dtype, const void* x, Shape shape, const double* center, double* sums) {
+void stats(int dtype, const void* x, const uint8_t* valid, Shape shape, const double* center, double* sums) {
   with_type(dtype, [&](auto t) {
     using T = decltype(t);
-    if constexpr (!std::is_same_v<T, double>) {
-      if (!center) return reduce(RawMoments<T>{(const T*)x}, row_of(shape), sums);
-    }
-    reduce(Moments<T>{(const T*)x, center}, row_of(shape), sums);
+    with_mask(valid, [&](const auto& mask) {
+      if constexpr (!std::is_same_v<T, double>) {
+        if (!center) return reduce(RawMoments<T>{(const T*)x}, mask, row_of(shape), sums);
+      }
+      reduce(Moments<T>{(const T*)x, center}, mask, row_of(shape), sums);
+    });
   });
 }
 
-void elemt(int dtype, const void* x, const void* residual, void* y, Shape shape, const Channels& k, Epilogue epilogue) {
+void elemt(int dtype, const void* x, const void* residual, void* y, const uint8_t* valid, Shape shape, const Channels& k,
+           Epilogue epilogue) {
   with_type(dtype, [&](auto t) {
     using T = decltype(t);
-    with_activation(epilogue, [&](auto activation) {
-      using F = decltype(activation);
-      const T *in = (const T*)x, *other = (const T*)residual;
-      const AffineOf<T> affine(k);
-      const bool separate = x != y;
-      if (residual) map_as<Normalise<T, F, true>, T>({in, other, (T*)y, affine, activation, separate}, row_of(shape), 3);
-      else map_as<Normalise<T, F, false>, T>({in, other, (T*)y, affine, activation, separate}, row_of(shape), 2);
+    with_mask(valid, [&](const auto& mask) {
+      with_activation(epilogue, mask, [&](auto activation) {
+        using F = decltype(activation);
+        const T *in = (const T*)x, *other = (const T*)residual;
+        const AffineOf<T> affine(k);
+        const bool separate = x != y;
+        const Shape row = row_of(shape);
+        if (residual) map_as<T>(Normalise<T, F, true>{in, other, (T*)y, affine, activation, separate}, mask, row, 3);
+        else map_as<T>(Normalise<T, F, false>{in, other, (T*)y, affine, activation, separate}, mask, row, 2);
+      });
     });
   });
 }
 
 // Calls f(differentiate) with the Source that an epilogue and a gate, possible only if kMayGate, ask for.
-template <class T, bool kMayGate, class F>
-void with_source(const void* dy, const void* x, const void* gate, const Channels& k, Epilogue epilogue, const F& f) {
+template <class T, bool kMayGate, class M, class F>
+void with_source(const void* dy, const void* x, const void* gate, const M& mask, const Channels& k, Epilogue epilogue,
+                 const F& f) {
   const T *d = (const T*)dy, *in = (const T*)x, *other = (const T*)gate;
   const AffineOf<T> affine(k);
   if (epilogue.in_place()) {  // no activation is a leaky_relu of slope 1
     const LeakyRelu activation(epilogue.activation == kNone ? 1.0 : epilogue.slope);
     return f(Differentiate<T, LeakyRelu, Source::kFromY>{d, in, other, affine, activation});
   }
-  with_activation(epilogue, [&](auto activation) {
+  with_activation(epilogue, mask, [&](auto activation) {
     using Act = decltype(activation);
     if constexpr (std::is_same_v<Act, Identity>) {
       f(Differentiate<T, Act, Source::kPlain>{d, in, other, affine, activation});
@@ -307,23 +321,26 @@ InputGradient<T, Act, kSource> gradient_of(const Differentiate<T, Act, kSource>&
   return {terms, (T*)dx, (const A<T>*)slope, (const A<T>*)mean_dy, (const A<T>*)scale, separate};
 }
 
-void backward_reduce(int dtype, const void* dy, const void* x, const void* gate, void* g, Shape shape, const Channels& k,
-                     Epilogue epilogue, double* sums) {
+void backward_reduce(int dtype, const void* dy, const void* x, const void* gate, void* g, const uint8_t* valid,
+                     Shape shape, const Channels& k, Epilogue epilogue, double* sums) {
   with_type(dtype, [&](auto t) {
     using T = decltype(t);
-    with_source<T, true>(dy, x, gate, k, epilogue, [&](auto terms) {
-      reduce(sums_of(terms, g, k.exact_mean), row_of(shape), sums);
+    with_mask(valid, [&](const auto& mask) {
+      with_source<T, true>(dy, x, gate, mask, k, epilogue, [&](const auto& terms) {
+        reduce(sums_of(terms, g, k.exact_mean), mask, row_of(shape), sums);
+      });
     });
   });
 }
 
-void backward_elemt(int dtype, const void* dy, const void* x, void* dx, Shape shape, const GradientChannels& k,
-                    Epilogue epilogue) {
+void backward_elemt(int dtype, const void* dy, const void* x, void* dx, const uint8_t* valid, Shape shape,
+                    const GradientChannels& k, Epilogue epilogue) {
   with_type(dtype, [&](auto t) {
     using T = decltype(t);
-    with_source<T, false>(dy, x, nullptr, k.forward, epilogue, [&](auto terms) {
-      const auto op = gradient_of(terms, dx, k.slope, k.mean_dy, k.scale);
-      map_as<decltype(op), T>(op, row_of(shape), 3);
+    with_mask(valid, [&](const auto& mask) {
+      with_source<T, false>(dy, x, nullptr, mask, k.forward, epilogue, [&](const auto& terms) {
+        map_as<T>(gradient_of(terms, dx, k.slope, k.mean_dy, k.scale), mask, row_of(shape), 3);
+      });
     });
   });
 }

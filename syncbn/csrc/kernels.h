@@ -1,6 +1,8 @@
 // The loops of the kernels over whole arrays, which are compiled once per instruction set.
 #pragma once
 
+#include <cstdint>
+
 enum Dtype : int { kFloat64 = 0, kFloat32 = 1, kBfloat16 = 2, kFloat16 = 3 };
 
 struct Shape {
@@ -29,14 +31,14 @@ struct GradientChannels {
   const void *slope, *mean_dy, *scale;  // scale is forward's; in place, forward.scale is its inverse
 };
 
-// One instruction set's. Arrays are contiguous.
+// One instruction set's. Arrays are contiguous. `valid` is the mask, (n, s) bytes, or null.
 struct Kernels {
-  void (*stats)(int dtype, const void* x, Shape shape, const double* center, double* sums);
-  void (*elemt)(int dtype, const void* x, const void* residual, void* y, Shape shape, const Channels& channels,
-                Epilogue epilogue);
-  void (*backward_reduce)(int dtype, const void* dy, const void* x, const void* gate, void* g, Shape shape,
-                          const Channels& channels, Epilogue epilogue, double* sums);
-  void (*backward_elemt)(int dtype, const void* dy, const void* x, void* dx, Shape shape,
+  void (*stats)(int dtype, const void* x, const uint8_t* valid, Shape shape, const double* center, double* sums);
+  void (*elemt)(int dtype, const void* x, const void* residual, void* y, const uint8_t* valid, Shape shape,
+                const Channels& channels, Epilogue epilogue);
+  void (*backward_reduce)(int dtype, const void* dy, const void* x, const void* gate, void* g, const uint8_t* valid,
+                          Shape shape, const Channels& channels, Epilogue epilogue, double* sums);
+  void (*backward_elemt)(int dtype, const void* dy, const void* x, void* dx, const uint8_t* valid, Shape shape,
                          const GradientChannels& channels, Epilogue epilogue);
   const char* name;
 };

@@ -5,13 +5,15 @@
 //     channel<V>(c)     the constants of channel c, in every lane            (s > 1: a row has one channel)
 //     channels<V>(c)    the constants of channels c, c + 1, ..., a lane each (s == 1: a row has them all)
 //     prefetch<k>(i)    prefetches what put reads of elements i, ..., i + k - 1
-//     put<V>(i, k)      writes elements i, i + 1, ... of `out`, past the caches where `streaming` says so
+//     put<V>(i, k, valid)   writes elements i, i + 1, ... of `out`, 0 for what is not valid, past the caches where
+//                           `streaming` says so
 //     half<V, kSecond>(c)   those of the channels from c on that put_pair has in its first, or its second, vector
-//     put_pair<V>(i, k, l)  writes as many elements as two V take, with the constants k and l of the one and the other
+//     put_pair<V>(i, k, l, valid)  as many elements as two V take, with the constants k and l of the one and the other
 #pragma once
 
 #include <cstdint>
 
+#include "mask.h"
 #include "simd.h"
 #include "walk.h"
 
@@ -35,7 +37,8 @@ struct Fetch {
 };
 
 // Elements [s0, s1) of channels [c0, c1) of one sample.
-template <class V, class S, class Op> inline void map_rows(const Op& given, Shape x, const Part& part, long sample) {
+template <class V, class S, class Op, class M>
+inline void map_rows(const Op& given, const M& mask, Shape x, const Part& part, long sample) {
   const Op op = given;  // local copy: stores cannot alias it, so it stays in registers
   constexpr int lanes = simd::Lanes<V>::value;
   const long row = sample * x.c * x.s;
@@ -44,26 +47,28 @@ template <class V, class S, class Op> inline void map_rows(const Op& given, Shap
   for (long c = part.c0; c < part.c1; ++c) {
     const auto v = op.template channel<V>(c);
     const auto u = op.template channel<S>(c);
+    const M valid = mask.row(row + c * x.s, sample * x.s);
     long i = row + c * x.s + part.s0;
     const long end = row + c * x.s + part.s1;
     if (op.streaming)
-      for (const long head = std::min(end, i + to_boundary<V>(op.out + i)); i < head; ++i) op.put(i, u);
+      for (const long head = std::min(end, i + to_boundary<V>(op.out + i)); i < head; ++i) op.put(i, u, valid.lanes(i));
     for (; i + 2 * lanes <= std::min(end, fetch.turn); i += 2 * lanes) {
       op.template prefetch<2 * lanes>(i + fetch.before);
-      op.put_pair(i, v, v);
+      op.put_pair(i, v, v, valid.lanes(i));
     }
     for (; i + 2 * lanes <= end; i += 2 * lanes) {
       op.template prefetch<2 * lanes>(i + fetch.after);
-      op.put_pair(i, v, v);
+      op.put_pair(i, v, v, valid.lanes(i));
     }
-    if (i + lanes <= end) op.put(i, v), i += lanes;
-    for (; i < end; ++i) op.put(i, u);
+    if (i + lanes <= end) op.put(i, v, valid.lanes(i)), i += lanes;
+    for (; i < end; ++i) op.put(i, u, valid.lanes(i));
   }
 }
 
-// All channels of kCount rows from element `row` on, where s == 1. kFetchesOut: `out` is prefetched, too.
-template <class V, class S, int kCount, bool kFetchesOut, class Op>
-SYNCBN_INLINE void map_columns(const Op& op, long c, long row, long ahead) {
+// All channels of kCount rows from element `row`, that of row `number`, on, where s == 1. kFetchesOut: `out` is prefetched,
+// too.
+template <class V, class S, int kCount, bool kFetchesOut, class Op, class M>
+SYNCBN_INLINE void map_columns(const Op& op, const M& mask, long c, long row, long number, long ahead) {
   constexpr int lanes = simd::Lanes<V>::value;
   long j = 0;
   for (; j + 2 * lanes <= c; j += 2 * lanes) {
@@ -73,43 +78,46 @@ SYNCBN_INLINE void map_columns(const Op& op, long c, long row, long ahead) {
       const long next = row + kCount * j + r * 2 * lanes + ahead;
       op.template prefetch<2 * lanes>(next);
       if constexpr (kFetchesOut) simd::prefetch<2 * lanes, true>(op.out + next);
-      op.put_pair(row + r * c + j, k, l);
+      op.put_pair(row + r * c + j, k, l, mask.all_lanes(number + r));
     }
   }
   for (; j + lanes <= c; j += lanes)
-    for (int r = 0; r < kCount; ++r) op.put(row + r * c + j, op.template channels<V>(j));
+    for (int r = 0; r < kCount; ++r) op.put(row + r * c + j, op.template channels<V>(j), mask.all_lanes(number + r));
   for (; j < c; ++j)
-    for (int r = 0; r < kCount; ++r) op.put(row + r * c + j, op.template channel<S>(j));
+    for (int r = 0; r < kCount; ++r) op.put(row + r * c + j, op.template channel<S>(j), mask.all_lanes(number + r));
 }
 
 // Rows [first, last) of c channels each, where s == 1. Not inlined: inlined together, its two instances share the
 // registers, and take a sixth longer.
-template <class V, class S, bool kFetchesOut, class Op>
-__attribute__((noinline)) void map_columns(const Op& given, Shape x, long first, long last) {
+template <class V, class S, bool kFetchesOut, class Op, class M>
+__attribute__((noinline)) void map_columns(const Op& given, const M& mask, Shape x, long first, long last) {
   const Op op = given;
   const long c = x.c, together = std::max(kTogether / c, long(kPair));
   for (; last > first; last -= together) {
-    const long begin = std::max(first, last - together) * c, end = last * c;
+    long number = std::max(first, last - together);
+    const long begin = number * c, end = last * c;
     const Fetch fetch(begin, end, ahead_in(x.size(), kAhead));
     const auto ahead = [&](long row) { return row < fetch.turn ? fetch.before : fetch.after; };
     long row = begin;
-    for (; row + kPair * c <= end; row += kPair * c) map_columns<V, S, kPair, kFetchesOut>(op, c, row, ahead(row));
-    for (; row < end; row += c) map_columns<V, S, 1, false>(op, c, row, ahead(row));
+    for (; row + kPair * c <= end; row += kPair * c, number += kPair)
+      map_columns<V, S, kPair, kFetchesOut>(op, mask, c, row, number, ahead(row));
+    for (; row < end; row += c, ++number) map_columns<V, S, 1, false>(op, mask, c, row, number, ahead(row));
   }
 }
 
-template <class V, class S, class Op> inline void map_columns(const Op& op, Shape x, long first, long last) {
+template <class V, class S, class Op, class M>
+inline void map_columns(const Op& op, const M& mask, Shape x, long first, long last) {
   // Prefetching `out` pays for rows of middle length: processors do it themselves for shorter ones, which follow each
   // other closely, and for those of a page or more. In between up to a third of the time was spent waiting.
   const long row_bytes = x.c * long(sizeof *op.out);
   if (!op.streaming && row_bytes >= 512 && row_bytes < 4096 && ahead_in(x.size(), kAhead))
-    map_columns<V, S, true>(op, x, first, last);
+    map_columns<V, S, true>(op, mask, x, first, last);
   else
-    map_columns<V, S, false>(op, x, first, last);
+    map_columns<V, S, false>(op, mask, x, first, last);
 }
 
-// op.put<V>(i, constants) for every element; bytes are those of all arrays that it reads and writes.
-template <class V, class S, class Op> void map(const Op& given, Shape x, long bytes) {
+// op.put<V>(i, constants, valid) for every element; bytes are those of all arrays that it reads and writes.
+template <class V, class S, class Op, class M> void map(const Op& given, const M& mask, Shape x, long bytes) {
   if (!x.size()) return;
   const int threads = threads_for(x.size());
   const bool rows = x.s > 1, split = by_channel(x, threads);
@@ -125,10 +133,10 @@ template <class V, class S, class Op> void map(const Op& given, Shape x, long by
     const Op& fixed = op;
     if (rows) {
       for_parts<true>(x, split, first, last, std::max(kTogether / x.s, 1L), [&](const Part& part) {
-        for (long r = part.samples; r-- > 0;) map_rows<V, S>(fixed, x, part, part.sample + r);
+        for (long r = part.samples; r-- > 0;) map_rows<V, S>(fixed, mask, x, part, part.sample + r);
       });
     } else {
-      map_columns<V, S>(fixed, x, first, last);
+      map_columns<V, S>(fixed, mask, x, first, last);
     }
     if (streaming) simd::end_of_stream();
   });

@@ -12,12 +12,13 @@
 namespace {
 
 // Groups short rows, where s == 1: `together` rows of c channels are taken as one row of together * c channels, whose
-// constants repeat, so that it is a whole number of vectors. Rows left over are a part of their own.
+// constants repeat, so that it is a whole number of vectors. Rows left over are a part of their own. Under a mask, which
+// has one byte for each row, they are taken singly.
 struct Rows {
   Shape all;
   long together = 1;
-  explicit Rows(Shape x) : all(x) {
-    if (x.s != 1 || x.c == 1) return;
+  Rows(Shape x, bool is_masked) : all(x) {
+    if (x.s != 1 || x.c == 1 || is_masked) return;
     long k = 32 / std::gcd(x.c, 32L);
     while (k * x.c < 64) k *= 2;
     if (k * x.c <= 256 && x.n >= 4 * k) together = k;

@@ -5,11 +5,12 @@
 //     channel<D>(c)     the constants of channel c, in every lane            (s > 1: a row has one channel)
 //     channels<D>(c)    the constants of channels c, c + 1, ..., a lane each (s == 1: a row has them all)
 //     prefetch<k>(i)    prefetches what at reads of elements i, ..., i + k - 1
-//     at<D>(i, k)       the Factors of elements i, i + 1, ...
+//     at<D>(i, k, valid)  the Factors of elements i, i + 1, ..., 0 for what is not valid
 #pragma once
 
 #include <vector>
 
+#include "mask.h"
 #include "simd.h"
 #include "walk.h"
 
@@ -75,7 +76,8 @@ constexpr long kBlock = 64;  // steps, or rows, that are added plainly
 constexpr int kWays = 4;     // independent sums, so that no addition waits for the one before
 
 // Adds the sums of op over a part of one channel.
-template <class Op> inline void reduce_rows(const Op& given, Shape x, const Part& part, Totals& totals) {
+template <class Op, class M>
+inline void reduce_rows(const Op& given, const M& mask, Shape x, const Part& part, Totals& totals) {
   const Op op = given;  // local copy: stores cannot alias it, so it stays in registers
   using Wide = typename Op::Sums;
   constexpr int lanes = simd::Lanes<Wide>::value, step = lanes / kDoubles;
@@ -92,12 +94,13 @@ template <class Op> inline void reduce_rows(const Op& given, Shape x, const Part
   for (long r = 0; r < part.samples; ++r, begin += stride) {
     long i = begin;
     const long end = begin + (part.s1 - part.s0);
+    const M valid = mask.row(begin, (part.sample + r) * x.s + part.s0);
     while (i + width <= end) {
       const long count = std::min((end - i) / width, kBlock - steps);
       for (const long stop = i + count * width; i < stop; i += width) {
         op.template prefetch<width>(i + ahead);
 #pragma GCC unroll 4
-        for (int w = 0; w < kWays; w += step) add(op.at(i + w * kDoubles, v), a + w, b + w);
+        for (int w = 0; w < kWays; w += step) add(op.at(i + w * kDoubles, v, valid.lanes(i + w * kDoubles)), a + w, b + w);
       }
       if ((steps += count) == kBlock) {
 #pragma GCC unroll 4
@@ -108,8 +111,8 @@ template <class Op> inline void reduce_rows(const Op& given, Shape x, const Part
         steps = 0;
       }
     }
-    for (; i + kDoubles <= end; i += kDoubles) add(op.at(i, half), a, b);
-    for (; i < end; ++i) add(op.at(i, u), &a_tail, &b_tail);
+    for (; i + kDoubles <= end; i += kDoubles) add(op.at(i, half, valid.lanes(i)), a, b);
+    for (; i < end; ++i) add(op.at(i, u, valid.lanes(i)), &a_tail, &b_tail);
   }
   a_total.add((a[0] + a[1]) + (a[2] + a[3])), b_total.add((b[0] + b[1]) + (b[2] + b[3]));
   totals.add(c, simd::sum(a_total.value()) + a_tail, simd::sum(b_total.value()) + b_tail);
@@ -121,11 +124,11 @@ constexpr long kStrip = 256;         // channels whose plain sums stay in the fi
 // 0 or 1 modulo 4.
 constexpr long kGroup = 1024;
 
-// Adds the sums of op over `rows` rows of c channels, from element `first` on, to a and b. Takes channels start + j
+// Adds the sums of op over `rows` rows of c channels, from row `row` and element `first` on, to a and b. Takes channels start + j
 // onwards, as many as kCount D hold at a time, up to start + width; returns the first that is left over.
-template <class D, int kCount, class Op>
-SYNCBN_INLINE long add_rows(const Op& op, Shape x, long first, long rows, long start, long j, long width, double* a,
-                            double* b) {
+template <class D, int kCount, class Op, class M>
+SYNCBN_INLINE long add_rows(const Op& op, const M& mask, Shape x, long row, long first, long rows, long start, long j,
+                            long width, double* a, double* b) {
   constexpr int lanes = simd::Lanes<D>::value;
   const long c = x.c, far = ahead_in(x.size(), kFarAhead);
   using Lane = std::conditional_t<lanes == 1, double, Double>;
@@ -138,8 +141,9 @@ SYNCBN_INLINE long add_rows(const Op& op, Shape x, long first, long rows, long s
       // Prefetches the same channels of the next rows; where the strip is a whole row, in the order of memory.
       op.template prefetch<kCount * lanes>(c <= kStrip ? first + far + rows * j + r * kCount * lanes
                                                        : i + (far ? rows * c : 0));
+      const auto valid = mask.all_lanes(row + r);
 #pragma GCC unroll 4
-      for (int w = 0; w < kCount; ++w) add(op.at(i + w * lanes, k[w]), sum_a + w * parts, sum_b + w * parts);
+      for (int w = 0; w < kCount; ++w) add(op.at(i + w * lanes, k[w], valid), sum_a + w * parts, sum_b + w * parts);
     }
 #pragma GCC unroll 4
     for (int p = 0; p < kCount * parts; ++p) {
@@ -152,7 +156,8 @@ SYNCBN_INLINE long add_rows(const Op& op, Shape x, long first, long rows, long s
 }
 
 // Adds the sums of op over rows [begin, end) of c channels each.
-template <class Op> inline void reduce_columns(const Op& given, Shape x, long begin, long end, Totals& totals) {
+template <class Op, class M>
+inline void reduce_columns(const Op& given, const M& mask, Shape x, long begin, long end, Totals& totals) {
   const Op op = given;
   using Wide = typename Op::Sums;
   constexpr int count = kWays * kDoubles / simd::Lanes<Wide>::value;
@@ -165,9 +170,9 @@ template <class Op> inline void reduce_columns(const Op& given, Shape x, long be
       std::fill(a, a + width, 0.0), std::fill(b, b + width, 0.0);
       for (long r = begin; r < stop; r += together) {
         const long first = r * c + start, rows = std::min(together, stop - r);
-        long j = add_rows<Wide, count>(op, x, first, rows, start, 0, width, a, b);
-        j = add_rows<Double, 1>(op, x, first, rows, start, j, width, a, b);
-        add_rows<double, 1>(op, x, first, rows, start, j, width, a, b);
+        long j = add_rows<Wide, count>(op, mask, x, r, first, rows, start, 0, width, a, b);
+        j = add_rows<Double, 1>(op, mask, x, r, first, rows, start, j, width, a, b);
+        add_rows<double, 1>(op, mask, x, r, first, rows, start, j, width, a, b);
       }
       long j = 0;
       for (; j + kDoubles <= width; j += kDoubles)
@@ -177,8 +182,8 @@ template <class Op> inline void reduce_columns(const Op& given, Shape x, long be
   }
 }
 
-// out = [sums of a (c) | sums of b (c)] of op over the array.
-template <class Op> void reduce(const Op& op, Shape x, double* out) {
+// out = [sums of a (c) | sums of b (c)] of op over what is valid of the array.
+template <class Op, class M> void reduce(const Op& op, const M& mask, Shape x, double* out) {
   if (!x.size()) return (void)std::fill(out, out + 2 * x.c, 0.0);
   const int threads = threads_for(x.size());
   // Threads share the channels, or else each has its own sums of all channels.
@@ -186,9 +191,9 @@ template <class Op> void reduce(const Op& op, Shape x, double* out) {
   std::vector<Totals> totals(shared ? 1 : threads, Totals(x.c));
   in_parallel(threads, rows ? (split ? x.c : x.s) : x.n, [&](int t, long first, long last) {
     Totals& sums = totals[shared ? 0 : t];
-    if (!rows) return reduce_columns(op, x, first, last, sums);
+    if (!rows) return reduce_columns(op, mask, x, first, last, sums);
     for_parts<false>(x, split, first, last, 1, [&](const Part& part) {
-      reduce_rows(op, x, part, sums);
+      reduce_rows(op, mask, x, part, sums);
     });
   });
   for (size_t t = 1; t < totals.size(); ++t) totals[0].add(totals[t]);

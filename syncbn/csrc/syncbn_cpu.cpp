@@ -64,23 +64,23 @@ void update(int dtype, void* running, const double* batch, long c, double moment
 }
 
 template <class A>
-void elemt(int dtype, const void* x, const void* residual, void* y, Shape shape, const double* statistics,
-           const void* weight, const void* bias, const Epilogue& epilogue) {
-  const Rows rows(shape);
+void elemt(int dtype, const void* x, const void* residual, void* y, const uint8_t* valid, Shape shape,
+           const double* statistics, const void* weight, const void* bias, const Epilogue& epilogue) {
+  const Rows rows(shape, valid);
   PerChannel<A> k(statistics, shape.c, weight, bias, epilogue.weight_floor);
   k.repeat(rows);
   rows.for_parts([&](Shape part, long i) {
-    kernels.elemt(dtype, element(dtype, x, i), element(dtype, residual, i), element(dtype, y, i), part,
-                  k.channels(nullptr), epilogue);
+    kernels.elemt(dtype, element(dtype, x, i), element(dtype, residual, i), element(dtype, y, i), valid,
+                  part, k.channels(nullptr), epilogue);
   });
 }
 
 template <class A>
-void backward_reduce(int dtype, const void* dy, const void* x, const void* gate, void* g, Shape shape,
-                     const double* statistics, const void* weight, const void* bias, void* grad_weight, void* grad_bias,
-                     const Epilogue& epilogue, double* sums) {
+void backward_reduce(int dtype, const void* dy, const void* x, const void* gate, void* g, const uint8_t* valid,
+                     Shape shape, const double* statistics, const void* weight, const void* bias, void* grad_weight,
+                     void* grad_bias, const Epilogue& epilogue, double* sums) {
   const long c = shape.c;
-  const Rows rows(shape);
+  const Rows rows(shape, valid);
   PerChannel<A> k(statistics, c, weight, bias, epilogue.weight_floor);
   std::vector<double> mean(statistics, statistics + c);
   if (epilogue.in_place()) {
@@ -91,7 +91,7 @@ void backward_reduce(int dtype, const void* dy, const void* x, const void* gate,
   k.repeat(rows), mean = rows.repeated(std::move(mean));
   rows.sum_parts(sums, [&](Shape part, long i, double* of_part) {
     kernels.backward_reduce(dtype, element(dtype, dy, i), element(dtype, x, i), element(dtype, gate, i),
-                            element(dtype, g, i), part, k.channels(mean.data()), epilogue, of_part);
+                            element(dtype, g, i), valid, part, k.channels(mean.data()), epilogue, of_part);
   });
   A *of_weight = static_cast<A*>(grad_weight), *of_bias = static_cast<A*>(grad_bias);
   for (long i = 0; of_weight && i < c; ++i) of_weight[i] = A(sums[c + i] * statistics[c + i]);
@@ -99,9 +99,10 @@ void backward_reduce(int dtype, const void* dy, const void* x, const void* gate,
 }
 
 template <class A>
-void backward_elemt(int dtype, const void* dy, const void* x, void* dx, Shape shape, const double* statistics,
-                    const void* weight, const void* bias, const double* sums, const Epilogue& epilogue) {
-  const Rows rows(shape);
+void backward_elemt(int dtype, const void* dy, const void* x, void* dx, const uint8_t* valid, Shape shape,
+                    const double* statistics, const void* weight, const void* bias, const double* sums,
+                    const Epilogue& epilogue) {
+  const Rows rows(shape, valid);
   PerChannel<A> k(statistics, shape.c, weight, bias, epilogue.weight_floor);
   const long c = shape.c;
   const double elements = std::max(statistics[2 * c], 1.0);
@@ -118,8 +119,8 @@ void backward_elemt(int dtype, const void* dy, const void* x, void* dx, Shape sh
   if (epilogue.in_place()) k.scale = inverse(k.scale);
   const GradientChannels channels{k.channels(nullptr), slope.data(), mean_dy.data(), scale.data()};
   rows.for_parts([&](Shape part, long i) {
-    kernels.backward_elemt(dtype, element(dtype, dy, i), element(dtype, x, i), element(dtype, dx, i), part, channels,
-                           epilogue);
+    kernels.backward_elemt(dtype, element(dtype, dy, i), element(dtype, x, i), element(dtype, dx, i), valid, part,
+                           channels, epilogue);
   });
 }
 
@@ -166,41 +167,45 @@ void syncbn_prefer_huge_pages(void* address, size_t bytes) {
 #endif
 }
 
-void syncbn_stats(int dtype, long n, long c, long s, const void* x, const double* center, double* moments) {
-  const Rows rows({n, c, s});
+void syncbn_stats(int dtype, long n, long c, long s, const void* x, const uint8_t* valid, const double* center,
+                  double* moments) {
+  const Rows rows({n, c, s}, valid);
   std::vector<double> centers;
   if (center) centers = rows.repeated(std::vector<double>(center, center + c));
   rows.sum_parts(moments, [&](Shape part, long i, double* of_part) {
-    kernels.stats(dtype, element(dtype, x, i), part, center ? centers.data() : nullptr, of_part);
+    kernels.stats(dtype, element(dtype, x, i), valid, part, center ? centers.data() : nullptr, of_part);
   });
-  moments[2 * c] = double(n) * double(s);
+  moments[2 * c] = valid ? double(n * s - std::count(valid, valid + n * s, 0)) : double(n) * double(s);
 }
 
-double syncbn_normalise(int dtype, long n, long c, long s, const void* x, const void* residual, void* y, double* moments,
-                        const double* center, const void* weight, const void* bias, void* running_mean,
-                        void* running_var, int64_t* num_batches_tracked, int running_dtype, double momentum, double eps,
-                        int activation, double slope, double weight_floor) {
+double syncbn_normalise(int dtype, long n, long c, long s, const void* x, const void* residual, void* y,
+                        const uint8_t* valid, double* moments, const double* center, const void* weight,
+                        const void* bias, void* running_mean, void* running_var, int64_t* num_batches_tracked,
+                        int running_dtype, double momentum, double eps, int activation, double slope,
+                        double weight_floor) {
   const double count = moments[2 * c];
   if (is_refused(count)) return count;
   combine(moments, c, center, running_dtype, running_mean, running_var, num_batches_tracked, momentum, eps);
   const Epilogue epilogue{activation, slope, weight_floor};
-  (dtype == kFloat64 ? elemt<double> : elemt<float>)(dtype, x, residual, y, {n, c, s}, moments, weight, bias, epilogue);
+  (dtype == kFloat64 ? elemt<double> : elemt<float>)(dtype, x, residual, y, valid, {n, c, s}, moments, weight, bias,
+                                                     epilogue);
   return count;
 }
 
 void syncbn_backward_reduce(int dtype, long n, long c, long s, const void* dy, const void* x, const void* gate, void* g,
-                            const double* statistics, const void* weight, const void* bias, void* grad_weight,
-                            void* grad_bias, double* sums, int activation, double slope, double weight_floor) {
+                            const uint8_t* valid, const double* statistics, const void* weight, const void* bias,
+                            void* grad_weight, void* grad_bias, double* sums, int activation, double slope,
+                            double weight_floor) {
   const Epilogue epilogue{activation, slope, weight_floor};
-  (dtype == kFloat64 ? backward_reduce<double> : backward_reduce<float>)(dtype, dy, x, gate, g, {n, c, s}, statistics,
-                                                                         weight, bias, grad_weight, grad_bias, epilogue,
-                                                                         sums);
+  (dtype == kFloat64 ? backward_reduce<double> : backward_reduce<float>)(dtype, dy, x, gate, g, valid, {n, c, s},
+                                                                         statistics, weight, bias, grad_weight,
+                                                                         grad_bias, epilogue, sums);
 }
 
 void syncbn_backward_elemt(int dtype, long n, long c, long s, const void* dy, const void* x, void* dx,
-                           const double* statistics, const void* weight, const void* bias, const double* sums,
-                           int activation, double slope, double weight_floor) {
+                           const uint8_t* valid, const double* statistics, const void* weight, const void* bias,
+                           const double* sums, int activation, double slope, double weight_floor) {
   const Epilogue epilogue{activation, slope, weight_floor};
-  (dtype == kFloat64 ? backward_elemt<double> : backward_elemt<float>)(dtype, dy, x, dx, {n, c, s}, statistics, weight,
-                                                                       bias, sums, epilogue);
+  (dtype == kFloat64 ? backward_elemt<double> : backward_elemt<float>)(dtype, dy, x, dx, valid, {n, c, s}, statistics,
+                                                                       weight, bias, sums, epilogue);
 }

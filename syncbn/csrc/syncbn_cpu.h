@@ -2,7 +2,7 @@
 //
 // Arrays are (n, c, s), contiguous, of the dtype (see kernels.h); vectors have c elements. weight, bias, grad_weight and
 // grad_bias are of the accumulate dtype: double for kFloat64, else float. moments and statistics have 2c + 1 doubles, sums
-// 2c. Except for x, y, dy, dx, moments, statistics and sums, addresses may be null. `activation`, `slope` and
+// 2c; `valid`, the mask, n * s bytes. Except for x, y, dy, dx, moments, statistics and sums, addresses may be null. `activation`, `slope` and
 // `weight_floor` are the epilogue; a weight_floor above 0 says that it works in place.
 #pragma once
 
@@ -12,26 +12,28 @@
 #define SYNCBN_API extern "C" __attribute__((visibility("default")))
 
 // Writes this rank's moments.
-SYNCBN_API void syncbn_stats(int dtype, long n, long c, long s, const void* x, const double* center, double* moments);
+SYNCBN_API void syncbn_stats(int dtype, long n, long c, long s, const void* x, const uint8_t* valid,
+                             const double* center, double* moments);
 
 // Turns the moments of all ranks into statistics, in place, updates the running statistics, of `running_dtype`, and writes
 // y; returns the count. Writes nothing where it refuses the count: one that is neither 0 nor a whole number above 1.
 SYNCBN_API double syncbn_normalise(int dtype, long n, long c, long s, const void* x, const void* residual, void* y,
-                                   double* moments, const double* center, const void* weight, const void* bias,
-                                   void* running_mean, void* running_var, int64_t* num_batches_tracked,
-                                   int running_dtype, double momentum, double eps, int activation, double slope,
-                                   double weight_floor);
+                                   const uint8_t* valid, double* moments, const double* center, const void* weight,
+                                   const void* bias, void* running_mean, void* running_var,
+                                   int64_t* num_batches_tracked, int running_dtype, double momentum, double eps,
+                                   int activation, double slope, double weight_floor);
 
 // Writes this rank's sums, and the gradients of weight and bias; with a gate, g as well.
 SYNCBN_API void syncbn_backward_reduce(int dtype, long n, long c, long s, const void* dy, const void* x,
-                                       const void* gate, void* g, const double* statistics, const void* weight,
-                                       const void* bias, void* grad_weight, void* grad_bias, double* sums,
-                                       int activation, double slope, double weight_floor);
+                                       const void* gate, void* g, const uint8_t* valid, const double* statistics,
+                                       const void* weight, const void* bias, void* grad_weight, void* grad_bias,
+                                       double* sums, int activation, double slope, double weight_floor);
 
 // Writes dx from the sums of all ranks.
 SYNCBN_API void syncbn_backward_elemt(int dtype, long n, long c, long s, const void* dy, const void* x, void* dx,
-                                      const double* statistics, const void* weight, const void* bias,
-                                      const double* sums, int activation, double slope, double weight_floor);
+                                      const uint8_t* valid, const double* statistics, const void* weight,
+                                      const void* bias, const double* sums, int activation, double slope,
+                                      double weight_floor);
 
 // Returns the name of the instruction set in use.
 SYNCBN_API const char* syncbn_isa();

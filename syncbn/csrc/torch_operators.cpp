@@ -37,7 +37,7 @@ struct {
                                 std::int32_t, Handle*);
   std::int32_t (*copy_handle)(Handle, Handle*);
   std::int32_t (*delete_handle)(Handle);
-  std::int32_t cpu, float64, float32, bfloat16, float16, int64;
+  std::int32_t cpu, float64, float32, bfloat16, float16, int64, boolean;
 } torch_api;
 
 constexpr int kMaxDim = 8;
@@ -158,6 +158,25 @@ struct Vector {
   bool is_float_of(long c) const { return is_none() || (dtype == torch_api.float32 && is_of(c)); }
 };
 
+// A dense mask, (N, 1, ...), or none, as of Vector.
+struct PositionMask {
+  Vector v;
+  explicit PositionMask(Value value) : v(value) {}
+  bool is_none() const { return v.is_none(); }
+  // Whether it is none, or one of x.
+  bool fits(const Batch& x) const {
+    if (is_none()) return true;
+    if (v.dim != x.dim || v.dtype != torch_api.boolean || !v.data) return false;
+    std::int64_t step = 1;
+    for (int i = int(v.dim) - 1; i >= 0; --i) {
+      if (v.sizes[i] != (i == 1 ? 1 : x.sizes[i]) || (v.sizes[i] != 1 && v.strides[i] != step)) return false;
+      step *= v.sizes[i];
+    }
+    return true;
+  }
+  const std::uint8_t* bytes() const { return is_none() ? nullptr : static_cast<const std::uint8_t*>(v.data); }
+};
+
 Handle new_vector(std::int64_t length, std::int32_t dtype) {
   const std::int64_t one = 1;
   Handle v = nullptr;
@@ -203,20 +222,21 @@ void finish(Value* stack, const Value (&results)[kResults]) {
 }
 
 constexpr char kForward[] =
-    "eager_forward(Tensor x, Tensor weight, Tensor bias, Tensor residual, Tensor running_mean, Tensor running_var, "
-    "Tensor num_batches_tracked, Tensor moments, float momentum, float eps, int activation, float slope, int send) -> "
+    "eager_forward(Tensor x, Tensor weight, Tensor bias, Tensor residual, Tensor mask, Tensor running_mean, "
+    "Tensor running_var, Tensor num_batches_tracked, Tensor moments, float momentum, float eps, int activation, float slope, int send) -> "
     "(Tensor, Tensor, float)";
 
 // Returns y, statistics and the count. Declined: the count is kDeclined. Where the sums are still to be sent it is
 // kUnsent, and the statistics are this rank's moments: called again with those of all ranks as `moments`, it goes on.
 void eager_forward(Value* stack, std::uint64_t, std::uint64_t) {
   const Batch x(handle(stack[0])), residual(handle(stack[3]));
-  const Vector weight(stack[1]), bias(stack[2]), mean(stack[4]), var(stack[5]), moments(stack[7]);
+  const Vector weight(stack[1]), bias(stack[2]), mean(stack[5]), var(stack[6]), moments(stack[8]);
+  const PositionMask mask(stack[4]);
   const int code = x.is_plain ? code_of(x.dtype) : -1;
   const bool has_residual = !Vector(stack[3]).is_none();
   void* batches = nullptr;
   bool is_plain = code > kFloat64 && weight.is_float_of(x.c) && bias.is_float_of(x.c) &&
-                  (!has_residual || x.matches(residual)) &&
+                  (!has_residual || x.matches(residual)) && mask.fits(x) &&
                   (mean.is_none() ? var.is_none()
                                   : mean.is_of(x.c) && var.is_of(x.c) && mean.dtype == var.dtype &&
                                         code_of(mean.dtype) >= 0) &&
@@ -224,50 +244,51 @@ void eager_forward(Value* stack, std::uint64_t, std::uint64_t) {
   if (is_plain) {
     std::int32_t dtype = -1, device = -1;
     std::int64_t dim = -1, *sizes = nullptr;
-    const Handle counter = handle(stack[6]);
+    const Handle counter = handle(stack[7]);
     torch_api.get_device_type(counter, &device), torch_api.get_dim(counter, &dim);
     torch_api.get_dtype(counter, &dtype), torch_api.get_sizes(counter, &sizes);
     if (dim == 0) batches = data_of(counter);
     is_plain = device == torch_api.cpu && (batches ? dtype == torch_api.int64 : dim == 1 && sizes[0] == 0);
   }
   if (!is_plain) {
-    return finish<8>(stack, {value(again(x.tensor)), value(again(x.tensor)), value(kDeclined)});
+    return finish<9>(stack, {value(again(x.tensor)), value(again(x.tensor)), value(kDeclined)});
   }
   const bool goes_on = !moments.is_none();
   const Handle statistics = goes_on ? again(moments.tensor) : new_vector(2 * x.c + 1, torch_api.float64);
   double* const sums = static_cast<double*>(data_of(statistics));
   if (!goes_on) {
-    syncbn_stats(code, x.n, x.c, x.s, x.data, nullptr, sums);
-    if (!send(std::int64_t(stack[12]), sums, 2 * x.c + 1))
-      return finish<8>(stack, {value(again(x.tensor)), value(statistics), value(kUnsent)});
+    syncbn_stats(code, x.n, x.c, x.s, x.data, mask.bytes(), nullptr, sums);
+    if (!send(std::int64_t(stack[13]), sums, 2 * x.c + 1))
+      return finish<9>(stack, {value(again(x.tensor)), value(statistics), value(kUnsent)});
   }
   const Handle y = x.empty_like();
   void* const out = data_of(y);
   const double count = syncbn_normalise(
-      code, x.n, x.c, x.s, x.data, has_residual ? residual.data : nullptr, out, sums, nullptr, weight.address(),
-      bias.address(), mean.address(), var.address(), static_cast<std::int64_t*>(batches),
-      mean.is_none() ? 0 : code_of(mean.dtype), real(stack[8]), real(stack[9]), int(stack[10]), real(stack[11]), 0.0);
-  finish<8>(stack, {value(y), value(statistics), value(count)});
+      code, x.n, x.c, x.s, x.data, has_residual ? residual.data : nullptr, out, mask.bytes(), sums, nullptr,
+      weight.address(), bias.address(), mean.address(), var.address(), static_cast<std::int64_t*>(batches),
+      mean.is_none() ? 0 : code_of(mean.dtype), real(stack[9]), real(stack[10]), int(stack[11]), real(stack[12]), 0.0);
+  finish<9>(stack, {value(y), value(statistics), value(count)});
 }
 
 constexpr char kBackward[] =
-    "eager_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor gate, Tensor statistics, Tensor sums, "
-    "bool has_bias, int activation, float slope, int send) -> (Tensor, Tensor, Tensor, Tensor, float)";
+    "eager_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor gate, Tensor mask, Tensor statistics, "
+    "Tensor sums, bool has_bias, int activation, float slope, int send) -> (Tensor, Tensor, Tensor, Tensor, float)";
 
 // Returns dx, the gradients of weight and bias, g, and 0. Declined or unsent as eager_forward: unsent, this rank's sums
 // are in dx's place; called again with those of all ranks as `sums`, it computes dx alone. What there is not is some other tensor.
 void eager_backward(Value* stack, std::uint64_t, std::uint64_t) {
   const Batch dy(handle(stack[0])), x(handle(stack[1])), gate(handle(stack[4]));
-  const Vector weight(stack[2]), bias(stack[3]), statistics(stack[5]), given(stack[6]);
+  const Vector weight(stack[2]), bias(stack[3]), statistics(stack[6]), given(stack[7]);
+  const PositionMask mask(stack[5]);
   const int code = x.is_plain ? code_of(x.dtype) : -1;
-  const bool has_gate = !Vector(stack[4]).is_none(), has_bias = stack[7] & 1;
+  const bool has_gate = !Vector(stack[4]).is_none(), has_bias = stack[8] & 1;
   const auto nothing = [&] { return value(again(x.tensor)); };
   if (!(code > kFloat64 && x.matches(dy) && weight.is_float_of(x.c) && bias.is_float_of(x.c) &&
-        (!has_gate || x.matches(gate)) && statistics.are_sums_of(2 * x.c + 1) &&
+        (!has_gate || x.matches(gate)) && mask.fits(x) && statistics.are_sums_of(2 * x.c + 1) &&
         (given.is_none() || given.are_sums_of(2 * x.c))))
-    return finish<7>(stack, {nothing(), nothing(), nothing(), nothing(), value(kDeclined)});
-  int activation = int(stack[8]);
-  const double slope = real(stack[9]);
+    return finish<8>(stack, {nothing(), nothing(), nothing(), nothing(), value(kDeclined)});
+  int activation = int(stack[9]);
+  const double slope = real(stack[10]);
   const auto* const of_all = static_cast<const double*>(statistics.data);
   const bool goes_on = !given.is_none();
   Handle g = nullptr, grad_weight = nullptr, grad_bias = nullptr, kept = nullptr;
@@ -278,7 +299,7 @@ void eager_backward(Value* stack, std::uint64_t, std::uint64_t) {
     if (has_gate) g = x.empty_like();
     if (!weight.is_none()) grad_weight = new_vector(x.c, torch_api.float32);
     if (has_bias) grad_bias = new_vector(x.c, torch_api.float32);
-    const auto how = std::int64_t(stack[10]);
+    const auto how = std::int64_t(stack[11]);
     double* own;
     if (how == kAlone) {
       local.resize(2 * x.c), own = local.data();
@@ -286,21 +307,21 @@ void eager_backward(Value* stack, std::uint64_t, std::uint64_t) {
       kept = new_vector(2 * x.c, torch_api.float64), own = static_cast<double*>(data_of(kept));
     }
     syncbn_backward_reduce(code, x.n, x.c, x.s, dy.data, x.data, has_gate ? gate.data : nullptr,
-                           g ? data_of(g) : nullptr, of_all, weight.address(), bias.address(),
+                           g ? data_of(g) : nullptr, mask.bytes(), of_all, weight.address(), bias.address(),
                            grad_weight ? data_of(grad_weight) : nullptr, grad_bias ? data_of(grad_bias) : nullptr, own,
                            activation, slope, 0.0);
     sums = own;
     if (g) gradient = data_of(g), activation = kNone;  // dy went through the activation already
     if (!send(how, own, 2 * x.c))
-      return finish<7>(stack, {value(kept), grad_weight ? value(grad_weight) : nothing(),
+      return finish<8>(stack, {value(kept), grad_weight ? value(grad_weight) : nothing(),
                                grad_bias ? value(grad_bias) : nothing(), g ? value(g) : nothing(), value(kUnsent)});
   }
   const Handle dx = x.empty_like();
   void* const out = data_of(dx);
-  syncbn_backward_elemt(code, x.n, x.c, x.s, gradient, x.data, out, of_all, weight.address(), bias.address(), sums,
+  syncbn_backward_elemt(code, x.n, x.c, x.s, gradient, x.data, out, mask.bytes(), of_all, weight.address(), bias.address(), sums,
                         activation, slope, 0.0);
   if (kept) torch_api.delete_handle(kept);
-  finish<7>(stack, {value(dx), grad_weight ? value(grad_weight) : nothing(), grad_bias ? value(grad_bias) : nothing(),
+  finish<8>(stack, {value(dx), grad_weight ? value(grad_weight) : nothing(), grad_bias ? value(grad_bias) : nothing(),
                     g ? value(g) : nothing(), value(0.0)});
 }
 
@@ -317,7 +338,7 @@ SYNCBN_API int syncbn_register_operators(const char* libtorch) {
   void* const library = dlopen(libtorch, RTLD_NOW | RTLD_NOLOAD);
   if (!library) return 1;
   auto& api = torch_api;
-  std::int32_t (*cpu)(), (*float64)(), (*float32)(), (*bfloat16)(), (*float16)(), (*int64)();
+  std::int32_t (*cpu)(), (*float64)(), (*float32)(), (*bfloat16)(), (*float16)(), (*int64)(), (*boolean)();
   if (!(find(library, "aoti_torch_library_init_fragment", api.init_fragment) &&
         find(library, "aoti_torch_library_init_impl", api.init_impl) &&
         find(library, "aoti_torch_library_def", api.define) && find(library, "aoti_torch_library_impl", api.impl) &&
@@ -331,10 +352,11 @@ SYNCBN_API int syncbn_register_operators(const char* libtorch) {
         find(library, "aoti_torch_delete_tensor_object", api.delete_handle) &&
         find(library, "aoti_torch_device_type_cpu", cpu) && find(library, "aoti_torch_dtype_float64", float64) &&
         find(library, "aoti_torch_dtype_float32", float32) && find(library, "aoti_torch_dtype_bfloat16", bfloat16) &&
-        find(library, "aoti_torch_dtype_float16", float16) && find(library, "aoti_torch_dtype_int64", int64)))
+        find(library, "aoti_torch_dtype_float16", float16) && find(library, "aoti_torch_dtype_int64", int64) &&
+        find(library, "aoti_torch_dtype_bool", boolean)))
     return 2;
   api.cpu = cpu(), api.float64 = float64(), api.float32 = float32(), api.bfloat16 = bfloat16();
-  api.float16 = float16(), api.int64 = int64();
+  api.float16 = float16(), api.int64 = int64(), api.boolean = boolean();
   Library definitions = nullptr, implementations = nullptr;
   const bool is_registered = !api.init_fragment("syncbn", __FILE__, __LINE__, &definitions) &&
                              !api.define(definitions, kForward) && !api.define(definitions, kBackward) &&

@@ -6,7 +6,8 @@ contiguous or channels last. Kernels see all of it as (n, c, s), see layout.py; 
 and `bias` have shape (c,) or are None. The accumulate dtype is float64 for float64 input and float32 otherwise.
 
     stats(x, center, mask=None)  -> moments
-        (2c + 1,) float64 = [sum of x - center | sum of (x - center)^2 | n * s]; center is (c,) float64 or None for 0.
+        (2c + 1,) float64 = [sum of x - center | sum of (x - center)^2 | n * s, or the number of valid positions];
+        center is (c,) float64 or None for 0.
 
     normalise(x, moments, center, running, eps, weight, bias, y, epilogue=PLAIN, residual=None, mask=None)  -> count
         Turns the moments of all ranks, in place, into statistics, (2c + 1,) float64 = [mean | invstd | count], updates
@@ -30,8 +31,14 @@ and `bias` have shape (c,) or are None. The accumulate dtype is float64 for floa
         residual it takes g as dy, and an epilogue without activation.
 
 Element-wise arithmetic is in the accumulate dtype, to which mean and invstd * weight are rounded. After in-place work
-(see Epilogue) backward's x is forward's y. `mask`, (N, 1, ...) bool, is to say which positions are valid; until then
-all kernels raise NotImplementedError unless it is None.
+(see Epilogue) backward's x is forward's y.
+
+`mask` says which positions are valid (True); None: all. It is bool, of x's library and device, of shape (N, 1, ...)
+with x's own N and spatial sizes, and of any strides, 0 included. Whatever stands elsewhere in x, dy, residual and gate,
+NaN and infinity included, all sums are of valid positions, and y, g (where it is written) and dx are 0 elsewhere, with
+every epilogue. NaN at a valid position is not hidden. Nothing in a message tells whether there was a mask, so ranks
+with and without one can be summed; that of no valid position is an empty rank's. Kernels read x as often as without a
+mask, and make no compacted copy of it; they may copy the mask.
 
 | module    | arrays        | what it is                                                   |
 |-----------|---------------|--------------------------------------------------------------|

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layout import flatten
-from .contract import Running, is_refused, refuse_mask
+from ..layout import flatten, layout_of
+from .contract import Running, is_refused
 from .devices import has_float64
 from .epilogue import PLAIN, Epilogue, weight_floor
 
@@ -66,6 +66,22 @@ def _tiles(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, slice, slice]
                 yield slice(i, i + step_n), slice(j, j + step_c), slice(k, k + step_s)
 
 
+def _invalid(like: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Returns where nothing is valid, (n, 1, s) in the layout of `like`, or None for nowhere."""
+    return None if mask is None else layout_of(like).flatten_mask(mask).logical_not()
+
+
+def _fill(v: Tensor, invalid: Tensor | None, tile: tuple[slice, slice, slice]) -> Tensor:
+    """Returns v, a tile, with 0 where nothing is valid."""
+    return v if invalid is None else v.masked_fill(invalid[tile[0], :, tile[2]], 0.0)
+
+
+def _fill_(v: Tensor, invalid: Tensor | None, tile: tuple[slice, slice, slice]) -> None:
+    """As _fill, in place, of a tile of v."""
+    if invalid is not None:
+        v[tile].masked_fill_(invalid[tile[0], :, tile[2]], 0.0)
+
+
 class _ChannelSums:
     """Sums a and a * b per channel, over all tiles, into a (2c,) vector; element by element until the channels' last.
 
@@ -106,14 +122,16 @@ class _ChannelSums:
 
 def stats(x: Tensor, center: Tensor | None, mask: Tensor | None = None) -> Tensor:
     """Sums, sums of squares and the count of one rank's x. See the package's contract."""
-    refuse_mask(mask)
+    invalid = _invalid(x, mask)
     (x,) = flatten(x)
     n, c, s = x.shape
     moments = torch.empty(2 * c + 1, dtype=torch.float64, device=x.device)
     moments[-1:].fill_(n * s)
+    if invalid is not None:
+        moments[-1:].sub_(invalid.sum())
     sums = _ChannelSums(moments[:-1])
     for tile in _tiles(x, torch.float64):
-        v = x[tile] if center is None else x[tile] - center[tile[1], None]
+        v = _fill(x[tile] if center is None else x[tile] - center[tile[1], None], invalid, tile)
         sums.add(tile[1], v, v)
     sums.finish()
     return moments
@@ -133,11 +151,11 @@ def normalise(
     mask: Tensor | None = None,
 ) -> float | None:
     """Statistics from the moments of all ranks; y = activation((x - mean) * (invstd * weight) + bias + residual)."""
-    refuse_mask(mask)
     count = float(moments[-1]) if moments.is_cpu else None
     if count is not None and is_refused(count):
         return count
     _combine(moments, center, running, eps)
+    invalid = _invalid(y, mask)
     y, x, residual = flatten(y, x, residual)
     affine = _Affine(x, moments, weight, bias, epilogue)
     for tile in _tiles(x, affine.mean.dtype):
@@ -152,6 +170,7 @@ def normalise(
             y[tile].copy_(_activate(z, epilogue))
         else:  # converts to y's dtype on the way
             last(z, operand, out=y[tile])
+        _fill_(y, invalid, tile)
     return count
 
 
@@ -195,7 +214,7 @@ def backward_reduce(
     mask: Tensor | None = None,
 ) -> Tensor:
     """Sums of g and of g * (x - mean) of one rank. See the package's contract."""
-    refuse_mask(mask)
+    invalid = _invalid(x if g is None else g, mask)
     g, x, dy, gate = flatten(g, x, dy, gate) if g is not None else (None, *flatten(x, dy, gate))
     c = x.shape[1]
     sums = torch.empty(2 * c, dtype=torch.float64, device=x.device)
@@ -204,6 +223,7 @@ def backward_reduce(
     for tile in _tiles(x, torch.float64):
         channels = tile[1], None
         gradient = dy[tile] if affine is None else _differentiate(dy, x, affine, epilogue, gate, tile)
+        gradient = _fill(gradient, invalid, tile)
         if g is not None:
             g[tile].copy_(gradient)
         if affine is not None and epilogue.in_place:
@@ -211,7 +231,7 @@ def backward_reduce(
             xmu = _recover(x, affine, epilogue, tile) + affine.excess[channels]
         else:
             xmu = x[tile] - statistics[:c][channels]
-        total.add(tile[1], gradient, xmu)
+        total.add(tile[1], gradient, _fill(xmu, invalid, tile))
     total.finish()
     if grad_weight is not None:
         torch.mul(sums[c:], statistics[c:-1], out=grad_weight)
@@ -232,7 +252,7 @@ def backward_elemt(
     mask: Tensor | None = None,
 ) -> None:
     """The gradient: dx = weight * invstd * (g - sum_g / N - (x - mean) * invstd^2 * sum_g_xmu / N)."""
-    refuse_mask(mask)
+    invalid = _invalid(dx, mask)
     dx, x, dy = flatten(dx, x, dy)
     c = x.shape[1]
     affine = _Affine(x, statistics, weight, bias, epilogue)
@@ -249,6 +269,7 @@ def backward_elemt(
         t = torch.sub(g, xmu, out=xmu)
         t -= mean_dy[channels]
         torch.mul(t, affine.scale[channels], out=dx[tile])
+        _fill_(dx, invalid, tile)
 
 
 class _Affine:

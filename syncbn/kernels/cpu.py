@@ -15,7 +15,7 @@ import numpy as np
 
 from .. import native
 from ..layout import Layout, layout_of
-from .contract import Running, is_refused, refuse_mask
+from .contract import Running, is_refused
 from .epilogue import PLAIN, Epilogue, weight_floor
 
 
@@ -46,10 +46,10 @@ def _load() -> ctypes.CDLL | None:
         "isa": [],
         "set_cache_bytes": [size],
         "prefer_huge_pages": [pointer, ctypes.c_size_t],
-        "stats": [*array, *[pointer] * 3],
-        "normalise": [*array, *[pointer] * 10, integer, real, real, *epilogue],
-        "backward_reduce": [*array, *[pointer] * 10, *epilogue],
-        "backward_elemt": [*array, *[pointer] * 7, *epilogue],
+        "stats": [*array, *[pointer] * 4],
+        "normalise": [*array, *[pointer] * 11, integer, real, real, *epilogue],
+        "backward_reduce": [*array, *[pointer] * 11, *epilogue],
+        "backward_elemt": [*array, *[pointer] * 8, *epilogue],
     }.items():
         getattr(library, f"syncbn_{name}").argtypes = arguments
     return library
@@ -86,11 +86,10 @@ def prefer_huge_pages(x: Any) -> None:
 
 def stats(x: Any, center: Any, mask: Any = None) -> Any:
     """Sums, sums of squares and the count of one rank's x. See the package's contract."""
-    refuse_mask(mask)
     layout = layout_of(x)
-    (x,) = _dense(layout, x)
+    (x,), valid = _dense(layout, x), _dense_mask(layout, mask)
     moments = _empty(x, 2 * layout.flat_shape[1] + 1)
-    _library.syncbn_stats(_CODES[x.dtype], *layout.flat_shape, *_addresses(x, center, moments))
+    _library.syncbn_stats(_CODES[x.dtype], *layout.flat_shape, *_addresses(x, valid, center, moments))
     return moments
 
 
@@ -108,9 +107,8 @@ def normalise(
     mask: Any = None,
 ) -> float:
     """Statistics from the moments of all ranks; y = activation((x - mean) * (invstd * weight) + bias + residual)."""
-    refuse_mask(mask)
     layout, code = layout_of(y), _CODES[x.dtype]
-    x, residual, out = _dense(layout, x, residual, y)
+    (x, residual, out), valid = _dense(layout, x, residual, y), _dense_mask(layout, mask)
     weight, bias = _vectors(min(code, 1), weight, bias)
     mean, var, batches, momentum = running
     running_code = 0
@@ -125,7 +123,7 @@ def normalise(
     count: float = _library.syncbn_normalise(
         code,
         *layout.flat_shape,
-        *_addresses(x, residual, out, moments, center, weight, bias, mean, var, batches),
+        *_addresses(x, residual, out, valid, moments, center, weight, bias, mean, var, batches),
         running_code,
         float(momentum),
         eps,
@@ -164,16 +162,15 @@ def backward_reduce(
     mask: Any = None,
 ) -> Any:
     """Sums of g and of g * (x - mean) of one rank. See the package's contract."""
-    refuse_mask(mask)
     layout, code = layout_of(x if g is None else g), _CODES[x.dtype]
-    dy, x, gate, out = _dense(layout, dy, x, gate, g)
+    (dy, x, gate, out), valid = _dense(layout, dy, x, gate, g), _dense_mask(layout, mask)
     accumulate, c = min(code, 1), layout.flat_shape[1]
     weight, bias = _vectors(accumulate, weight, bias)
     sums = _empty(x, 2 * c)
     # The library writes gradients of the accumulate dtype itself, as most are.
     of_weight = None if grad_weight is None or _CODES[grad_weight.dtype] != accumulate else grad_weight
     of_bias = None if grad_bias is None or _CODES[grad_bias.dtype] != accumulate else grad_bias
-    addresses = _addresses(dy, x, gate, out, statistics, weight, bias, of_weight, of_bias, sums)
+    addresses = _addresses(dy, x, gate, out, valid, statistics, weight, bias, of_weight, of_bias, sums)
     _library.syncbn_backward_reduce(code, *layout.flat_shape, *addresses, *_epilogue(x, epilogue))
     _copy_back(layout, out, g)
     if of_weight is not grad_weight:
@@ -195,11 +192,10 @@ def backward_elemt(
     mask: Any = None,
 ) -> None:
     """The gradient: dx = weight * invstd * (g - sum_g / N - (x - mean) * invstd^2 * sum_g_xmu / N)."""
-    refuse_mask(mask)
     layout, code = layout_of(dx), _CODES[x.dtype]
-    dy, x, out = _dense(layout, dy, x, dx)
+    (dy, x, out), valid = _dense(layout, dy, x, dx), _dense_mask(layout, mask)
     weight, bias = _vectors(min(code, 1), weight, bias)
-    addresses = _addresses(dy, x, out, statistics, weight, bias, sums)
+    addresses = _addresses(dy, x, out, valid, statistics, weight, bias, sums)
     _library.syncbn_backward_elemt(code, *layout.flat_shape, *addresses, *_epilogue(x, epilogue))
     _copy_back(layout, out, dx)
 
@@ -230,6 +226,14 @@ def _dense(layout: Layout, *arrays: Any) -> list[Any]:
         x if x is None or (x.stride() == strides and not x.is_neg()) else layout.flatten(x).contiguous().resolve_neg()
         for x in arrays
     ]
+
+
+def _dense_mask(layout: Layout, mask: Any) -> Any:
+    """Returns a mask as dense (n, 1, s), a copy where it is not; None for None."""
+    if mask is None:
+        return None
+    valid = layout.flatten_mask(mask)
+    return np.ascontiguousarray(valid) if isinstance(valid, np.ndarray) else valid.contiguous()
 
 
 def _copy_back(layout: Layout, out: Any, y: Any) -> None:

@@ -3,15 +3,15 @@
 They take dense CPU tensors of float32, bfloat16 and float16 with vectors of float32; all else they decline, and core.py
 with the kernels serves. Results are the same bits, for the same kernels compute them.
 
-    forward(x, weight, bias, residual, running_mean, running_var, num_batches_tracked, moments, momentum, eps,
+    forward(x, weight, bias, residual, mask, running_mean, running_var, num_batches_tracked, moments, momentum, eps,
             activation, slope, send)  -> y, statistics, count
-    backward(dy, x, weight, bias, gate, statistics, sums, has_bias, activation, slope, send)
+    backward(dy, x, weight, bias, gate, mask, statistics, sums, has_bias, activation, slope, send)
                                       -> dx, grad_weight, grad_bias, g, state
 
-NONE stands for a tensor that is not there. `send` says how this rank's sums get to the others: ALONE, BY_CALLER, or the
-address of what sends them (see SharedMemory.direct). A count, or state, of DECLINED says that nothing was done, and one
-of UNSENT that the caller is to sum over the ranks: `statistics`, or what stands in place of dx, and to give the result
-to a second call, as `moments` or `sums`.
+NONE stands for a tensor that is not there; a mask is dense, (N, 1, ...). `send` says how this rank's sums get to the
+others: ALONE, BY_CALLER, or the address of what sends them (see SharedMemory.direct). A count, or state, of DECLINED
+says that nothing was done, and one of UNSENT that the caller is to sum over the ranks: `statistics`, or what stands in
+place of dx, and to give the result to a second call, as `moments` or `sums`.
 """
 
 from __future__ import annotations

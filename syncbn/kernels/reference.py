@@ -31,6 +31,9 @@ the gradient of z (and of residual), in dy's place. In place, y has overwritten 
 
     xmu = (activation^-1(y) - bias) / (invstd * weight).
 
+Mask. All sums run over the valid positions alone, and N is their number. What stands elsewhere is replaced, never
+multiplied by 0, which would keep NaN and infinity.
+
 References:
     S. Ioffe, C. Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167, section 3.
     T. Chan, G. Golub, R. LeVeque, "Algorithms for computing the sample variance", 1983 (on the cancellation).
@@ -43,8 +46,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..layout import flatten
-from .contract import Running, is_refused, refuse_mask
+from ..layout import flatten, layout_of
+from .contract import Running, is_refused
 from .epilogue import PLAIN, Epilogue, weight_floor
 
 Array = NDArray[Any]
@@ -76,18 +79,24 @@ def _channel_sums(v: Array) -> Array:
     return sums
 
 
+def _select(v: Array, valid: Array | None) -> Array:
+    """Returns v, or a copy that is 0 where valid, (n, 1, s), says so."""
+    return v if valid is None else np.where(valid, v, v.dtype.type(0))
+
+
 def stats(x: Array, center: Array | None, mask: Array | None = None) -> Array:
     """Sums, sums of squares and the count of one rank's x. See the package's contract.
 
     >>> stats(np.array([[[1.0], [4.0]], [[3.0], [4.0]]], np.float32), None)
     array([ 4.,  8., 10., 32.,  2.])
     """
-    refuse_mask(mask)
+    valid = layout_of(x).flatten_mask(mask)
     (x,) = flatten(x)
-    v = x.astype(np.float64)
+    v = _select(x, valid).astype(np.float64)
     if center is not None:
-        v -= _row(center)
-    return np.concatenate([_channel_sums(v), _channel_sums(v * v), [x.shape[0] * x.shape[2]]])
+        v = _select(v - _row(center), valid)
+    count = x.shape[0] * x.shape[2] if valid is None else valid.sum()
+    return np.concatenate([_channel_sums(v), _channel_sums(v * v), [count]])
 
 
 def normalise(
@@ -112,7 +121,6 @@ def normalise(
     >>> y[:, 0, 0]
     array([-0.99503719,  0.99503719])
     """
-    refuse_mask(mask)
     count = float(moments[-1])
     if is_refused(count):
         return count
@@ -125,9 +133,11 @@ def normalise(
     moments[:c], moments[c:-1] = mean, 1.0 / np.sqrt(var + eps)
     if count:
         _update(running, mean, var * (count / (count - 1)))
+    valid = layout_of(y).flatten_mask(mask)
     y, x, residual = flatten(y, x, residual)
+    x = _select(x, valid)
     z = (x - _row(mean)) * _scale(x, moments, weight, epilogue) + (0.0 if bias is None else _row(bias))
-    y[...] = _activate(z if residual is None else z + residual, epilogue)
+    y[...] = _select(_activate(z if residual is None else z + _select(residual, valid), epilogue), valid)
     return count
 
 
@@ -155,9 +165,11 @@ def backward_reduce(
     mask: Array | None = None,
 ) -> Array:
     """Sums of g and of g * (x - mean) of one rank. See the package's contract."""
-    refuse_mask(mask)
+    valid = layout_of(x if g is None else g).flatten_mask(mask)
     g, x, dy, gate = flatten(g, x, dy, gate) if g is not None else (None, *flatten(x, dy, gate))
-    gradient, xmu = _differentiate(dy, x, statistics, weight, bias, epilogue, gate)
+    x, gate = _select(x, valid), None if gate is None else _select(gate, valid)
+    terms = _differentiate(_select(dy, valid), x, statistics, weight, bias, epilogue, gate)
+    gradient, xmu = (_select(v, valid) for v in terms)
     if g is not None:
         g[...] = gradient
     sum_dy, sum_dy_xmu = _channel_sums(gradient), _channel_sums(gradient * xmu)
@@ -180,13 +192,14 @@ def backward_elemt(
     mask: Array | None = None,
 ) -> None:
     """The gradient: dx = weight * invstd * (g - sum_g / N - (x - mean) * invstd^2 * sum_g_xmu / N)."""
-    refuse_mask(mask)
+    valid = layout_of(dx).flatten_mask(mask)
     dx, x, dy = flatten(dx, x, dy)
+    x, dy = _select(x, valid), _select(dy, valid)
     c = x.shape[1]
     n = np.maximum(statistics[-1], 1)
     g, xmu = _differentiate(dy, x, statistics, weight, bias, epilogue, None)
     mean_dy, slope = _row(sums[:c] / n), _row(sums[c:] / n * np.square(statistics[c:-1]))
-    dx[...] = (g - mean_dy - xmu * slope) * _scale(x, statistics, weight, epilogue)
+    dx[...] = _select((g - mean_dy - xmu * slope) * _scale(x, statistics, weight, epilogue), valid)
 
 
 def _scale(x: Array, statistics: Array, weight: Array | None, epilogue: Epilogue) -> Array:

@@ -3,6 +3,7 @@
 from .convert import convert_sync_batchnorm, revert_sync_batchnorm
 from .layer import SyncBatchNorm
 from .loss import scale_loss
+from .masking import masked
 from .norm_act import SyncBatchNormAct
 from .population import recalibrate
 from .recomputation import checkpoint_contexts
@@ -14,6 +15,7 @@ __all__ = [
     "checkpoint_contexts",
     "convert_sync_batchnorm",
     "even",
+    "masked",
     "recalibrate",
     "revert_sync_batchnorm",
     "scale_loss",

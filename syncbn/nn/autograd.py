@@ -23,12 +23,12 @@ class Call(differentiable.Call, Protocol):
         """Returns this call by way of operators."""
 
     def forward(
-        self, input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+        self, input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Returns the result, in place the input, and the statistics. See core.forward."""
 
     def backward(self, ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Returns the gradients of input, weight, bias and residual, and None. See core.backward."""
+        """Returns the gradients of input, weight, bias and residual, and None twice. See core.backward."""
 
 
 class BatchStatsNorm(torch.autograd.Function):
@@ -42,10 +42,11 @@ class BatchStatsNorm(torch.autograd.Function):
         bias: Tensor | None,
         residual: Tensor | None,
         call: Call,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        output, statistics = call.forward(input, weight, bias, residual)
+        output, statistics = call.forward(input, weight, bias, residual, mask)
         if call.epilogue is PLAIN:
-            ctx.save_for_backward(input, weight, None, None, statistics)
+            ctx.save_for_backward(input, weight, None, None, statistics, mask)
         else:
             activation, in_place = call.epilogue.activation, call.epilogue.in_place
             if in_place:
@@ -55,7 +56,8 @@ class BatchStatsNorm(torch.autograd.Function):
             gate = None
             if residual is not None and activation != "none":
                 gate = residual if activation == "silu" else output
-            ctx.save_for_backward(input, weight, bias if activation != "none" or in_place else None, gate, statistics)
+            kept = bias if activation != "none" or in_place else None
+            ctx.save_for_backward(input, weight, kept, gate, statistics, mask)
         ctx.set_materialize_grads(False)
         ctx.call, ctx.has_residual = call, residual is not None
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -82,14 +84,15 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tens
             "expected to differentiate a layer with inplace=True once; got a second derivative asked for (say, by "
             "create_graph=True), which needs the input that was overwritten: set inplace=False"
         )
-    input, weight, bias, gate, statistics = ctx.saved_tensors
+    input, weight, bias, gate, statistics, mask = ctx.saved_tensors
     if grad_output is None:
         grad_output = torch.zeros_like(input)
     if bias is None and ctx.bias_dtype is not None:
         bias = statistics.new_zeros(input.shape[1], dtype=ctx.bias_dtype)
-    found: tuple[Tensor, ...] = differentiable.backward(grad_output, input, weight, bias, gate, statistics, call)
-    dx, dw, db, dz = found
-    return dx, None if weight is None else dw, None if bias is None else db, dz if ctx.has_residual else None, None
+    arguments = grad_output, input, weight, bias, gate, statistics, call, mask
+    dx, dw, db, dz = differentiable.backward(*arguments)
+    dz_or_none = dz if ctx.has_residual else None
+    return dx, None if weight is None else dw, None if bias is None else db, dz_or_none, None, None
 
 
 def is_transformed(grad_output: Tensor | None) -> bool:

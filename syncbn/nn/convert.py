@@ -137,6 +137,7 @@ def revert_sync_batchnorm(module: M) -> M:
             unknown.append(_name(name, layer))
             continue
         layer.__dict__.pop("_syncbn_original", None)
+        layer.__dict__.pop("_syncbn_mask", None)
         del layer._syncbn_group
         layer_class: Any = BatchNormNd if original is None else original.layer_class
         layer.__class__ = layer_class

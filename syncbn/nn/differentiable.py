@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import core
+from ..arguments import full_mask
 from ..comm import Communicator
 from ..core import Running
 from ..kernels import Epilogue
@@ -56,6 +57,11 @@ def activate(z: Tensor, epilogue: Epilogue, residual: Tensor | None = None, inpl
     return F.silu(z, inplace) if epilogue.activation == "silu" else z
 
 
+def fill(v: Tensor, mask: Tensor | None) -> Tensor:
+    """Returns v with 0 where mask, as arguments.full_mask takes it, is False; its gradient is 0 there, too."""
+    return v if mask is None else v.masked_fill(full_mask(mask, v).logical_not(), 0.0)
+
+
 def batch_stats_norm(
     input: Tensor,
     running: Running,
@@ -63,6 +69,7 @@ def batch_stats_norm(
     bias: Tensor | None,
     residual: Tensor | None,
     call: Call,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Normalises as dispatch.batch_stats_norm does, differentiable any number of times and in forward mode.
 
@@ -80,13 +87,18 @@ def batch_stats_norm(
             "overwrites its input: set layer.inplace = False"
         )
     axes = _axes(input)
-    count = torch.full((), input.numel() / input.shape[1], dtype=torch.float64, device=input.device)
+    if mask is None:
+        count = torch.full((), input.numel() / input.shape[1], dtype=torch.float64, device=input.device)
+    else:
+        mask = full_mask(mask, input)
+        count = mask.sum().double()
+        input, residual = fill(input, mask), None if residual is None else fill(residual, mask)
     first = _sum_over_ranks(torch.cat([input.detach().double().sum(axes), count.view(1)]), call.sum_over_ranks)
     count = first[-1]
     _check_count(count, call.communicator())
     elements = count.clamp(min=1)
     center = first[:-1] / elements
-    xhat, offset, var = _standardise(input, center, elements, call)
+    xhat, offset, var = _standardise(input, center, elements, call, mask=mask)
     if running.mean is not None:
         # A batch of no elements changes nothing, nor one whose count is NaN: filled, not multiplied by 0.
         nothing = (count > 1).logical_not()
@@ -96,7 +108,7 @@ def batch_stats_norm(
                 old.add_((running.momentum * (new - old.double())).masked_fill(nothing, 0.0).to(old.dtype))
     if running.num_batches_tracked is not None:
         running.num_batches_tracked.add_((count > 1).to(running.num_batches_tracked.dtype))
-    return activate(_affine(xhat, weight, bias).to(input.dtype), call.epilogue, residual)
+    return fill(activate(_affine(xhat, weight, bias).to(input.dtype), call.epilogue, residual), mask)
 
 
 def backward(
@@ -107,11 +119,12 @@ def backward(
     gate: Tensor | None,
     statistics: Tensor,
     call: Call,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Differentiates the layer, so that the gradients can be differentiated again.
 
     Args:
-        grad_output, input, weight, gate, statistics: as the kernels' backward_reduce takes them.
+        grad_output, input, weight, gate, statistics, mask: as the kernels' backward_reduce takes them.
         bias: the bias where the activation needs it, else any tensor of its shape and dtype, or None.
         call: as in forward; not in place.
 
@@ -126,13 +139,14 @@ def backward(
     with torch.enable_grad():
         # Views, so that autograd stops at them, and all three require gradients, so that every rank sends the same.
         x = _start(input)
+        kept, gate = fill(x, mask), None if gate is None else fill(gate, mask)
         w = _start(torch.ones_like(mean) if weight is None else weight)
         b = _start(torch.zeros_like(mean) if bias is None else bias)
         # About the mean the first sums are 0, and what the second were follows from invstd: nothing is sent for them.
         known = torch.cat([torch.zeros_like(mean), (invstd.pow(-2) - call.eps).clamp(min=0) * count])
-        xhat, _, _ = _standardise(x, mean, count, call, known)
+        xhat, _, _ = _standardise(kept, mean, count, call, known, mask)
         z = _affine(xhat, w, b)
-        g = _through_activation(grad_output.double(), z, gate, call.epilogue)
+        g = _through_activation(fill(grad_output.double(), mask), z, gate, call.epilogue)
         dx, dw, db = torch.autograd.grad(z, (x, w, b), g, create_graph=create_graph)
     return dx.to(input.dtype), dw, db, g.to(input.dtype)
 
@@ -178,11 +192,14 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def _standardise(
-    x: Tensor, center: Tensor, count: Tensor, call: Call, known: Tensor | None = None
+    x: Tensor, center: Tensor, count: Tensor, call: Call, known: Tensor | None = None, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns xhat, in float64, and the mean less the center and the variance, (c,) each."""
+    """Returns xhat, in float64, and the mean less the center and the variance, (c,) each.
+
+    Where mask is False, x is to be finite, and xhat means nothing.
+    """
     c, axes = x.shape[1], _axes(x)
-    d = x.double() - _column(center, x)
+    d = fill(x.double() - _column(center, x), mask)
     sums = _sum_over_ranks(torch.cat([d.sum(axes), (d * d).sum(axes)]), call.sum_over_ranks, known)
     offset = sums[:c] / count
     # clamp: rounding may leave a tiny negative difference where all elements are equal.

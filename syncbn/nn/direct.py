@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import core
+from ..arguments import full_mask
 from ..comm import (
     Communicator,
     Labels,
@@ -77,9 +78,10 @@ def _forward(general: Any, of: Any) -> Any:
         mean, var, batches = running_mean, running_var, num_batches_tracked
         if (
             code is not None
-            and mask is None
             and eps > 0
-            and _are_tensors(type(x), type(weight), type(bias), type(residual), type(mean), type(var), type(batches))
+            and _are_tensors(
+                type(x), type(weight), type(bias), type(residual), type(mean), type(var), type(batches), type(mask)
+            )
             and not _is_observed()
             and not _recordings.contexts
             and (weight is not None or bias is not None or mean is not None or channels_of(x) == num_features)
@@ -87,10 +89,10 @@ def _forward(general: Any, of: Any) -> Any:
             if is_recomputing():
                 mean = var = batches = None
             factor = momentum if momentum is not None else Running.of(mean, var, batches, None).momentum
-            if isfinite(factor):
+            if isfinite(factor) and (valid := dense_mask(mask, x)) is not None:
                 comm = communicator_named(group)
                 found = forward_in_one_call(
-                    of, comm, x, weight, bias, residual, mean, var, batches, factor, eps, code, slope
+                    of, comm, x, weight, bias, residual, valid, mean, var, batches, factor, eps, code, slope
                 )
                 if found is not None:
                     return found
@@ -110,14 +112,14 @@ def _backward(general: Any, of: Any) -> Any:
         code = _number_of(activation, slope)
         if (
             code is not None
-            and mask is None
             and (bias_dtype is None or bias_dtype is torch.float32)
-            and _are_tensors(type(x), type(dy), type(weight), type(bias), type(gate), type(statistics))
+            and _are_tensors(type(x), type(dy), type(weight), type(bias), type(gate), type(statistics), type(mask))
             and not _is_observed()
+            and (valid := dense_mask(mask, x)) is not None
         ):
             comm = communicator_named(group)
             found = backward_in_one_call(
-                of, comm, dy, x, weight, bias, gate, statistics, bias_dtype is not None, code, slope
+                of, comm, dy, x, weight, bias, gate, valid, statistics, bias_dtype is not None, code, slope
             )
             if found is not None:
                 dx, grad_weight, grad_bias, g = found
@@ -135,6 +137,17 @@ def _backward(general: Any, of: Any) -> Any:
     return backward
 
 
+def dense_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """Returns a mask of x as the operators in C++ take it, NONE for None; None for one that does not fit."""
+    if mask is None:
+        return NONE
+    try:
+        full: Tensor = full_mask(mask, x)
+    except (TypeError, ValueError):  # the general way meets it again, and tells the other ranks
+        return None
+    return full.contiguous()
+
+
 def forward_in_one_call(
     of: Any,
     comm: Communicator,
@@ -142,6 +155,7 @@ def forward_in_one_call(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
+    mask: Tensor,
     mean: Tensor | None,
     var: Tensor | None,
     batches: Tensor | None,
@@ -156,7 +170,7 @@ def forward_in_one_call(
     Args:
         of: kernels.fused.Fused.
         comm: over which the moments go, in the same call where it shares memory.
-        x, ..., slope: as that operator takes them, or None.
+        x, ..., slope: as that operator takes them, or None; the mask as dense_mask returns it.
         labels: of the layer, or None.
 
     Collective, Raises: as core.forward, unless declined.
@@ -166,6 +180,7 @@ def forward_in_one_call(
         NONE if weight is None else weight,
         NONE if bias is None else bias,
         NONE if residual is None else residual,
+        mask,
         NONE if mean is None else mean,
         NONE if var is None else var,
         NONE if batches is None else batches,
@@ -205,6 +220,7 @@ def backward_in_one_call(
     weight: Tensor | None,
     bias: Tensor | None,
     gate: Tensor | None,
+    mask: Tensor,
     statistics: Tensor,
     has_bias: bool,
     activation: int,
@@ -216,14 +232,14 @@ def backward_in_one_call(
     Args:
         of: kernels.fused.Fused.
         comm: over which the sums go, in the same call where it shares memory.
-        dy, x, weight, bias, gate, statistics, has_bias, activation, slope: as that operator takes them, or None.
+        dy, x, ..., slope: as that operator takes them, or None; the mask as dense_mask returns it.
         labels: of the layer, or None.
 
     Collective:
         as core.backward, unless declined.
     """
     w, b = NONE if weight is None else weight, NONE if bias is None else bias
-    tensors = dy, x, w, b, NONE if gate is None else gate, statistics, NONE
+    tensors = dy, x, w, b, NONE if gate is None else gate, mask, statistics, NONE
     options = has_bias, activation, slope
     try:
         if type(comm) is LocalCommunicator:
@@ -249,7 +265,7 @@ def backward_in_one_call(
     if state == UNSENT:  # dx are the sums. dy went through the activation already if there is a gate.
         if gate is not None:
             dy, activation, slope = g, 0, 0.0
-        dx = of.backward(dy, x, w, b, NONE, statistics, dx, has_bias, activation, slope, ALONE)[0]
+        dx = of.backward(dy, x, w, b, NONE, mask, statistics, dx, has_bias, activation, slope, ALONE)[0]
     return dx, grad_weight, grad_bias, g
 
 

@@ -40,7 +40,7 @@ _unpack_dual: Any = forward_ad.unpack_dual
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter, type(None))
 
 
-def is_plain(input: Any, weight: Any, bias: Any, residual: Any = None) -> bool:
+def is_plain(input: Any, weight: Any, bias: Any, residual: Any = None, mask: Any = None) -> bool:
     """Whether nothing but eager mode looks at these tensors, so that kernels may work on their memory."""
     return (
         _C._len_torch_dispatch_stack() == 0
@@ -51,6 +51,7 @@ def is_plain(input: Any, weight: Any, bias: Any, residual: Any = None) -> bool:
         and type(weight) in _PLAIN_TYPES
         and type(bias) in _PLAIN_TYPES
         and type(residual) in _PLAIN_TYPES
+        and (type(mask) in _PLAIN_TYPES or not _is_wrapper(mask))
     )
 
 
@@ -87,13 +88,14 @@ def batch_stats_norm(
     group: Group,
     epilogue: Epilogue = PLAIN,
     residual: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Normalises by the statistics of the batch, then activates. As functional.sync_batch_norm in training.
 
     Args:
         num_features: C where none of the vectors says it; 0 where the input does.
         running: what is updated; its momentum may be None, for the cumulative average.
-        input, weight, bias, eps: as sync_batch_norm.
+        input, weight, bias, eps, mask: as sync_batch_norm.
         group: the group.
         epilogue: the activation, and whether the result overwrites the input.
         residual: of the input's shape and dtype, added before the activation; not in place.
@@ -102,20 +104,20 @@ def batch_stats_norm(
         activation(normalised + residual); in place, the input.
     """
     if torch.compiler.is_compiling():  # alone, so that torch.compile sees no more than it can trace
-        return TracedCall(running, eps, group.name, epilogue).norm(input, num_features, weight, bias, residual)
-    if not is_plain(input, weight, bias, residual):
-        tensors = input, weight, bias, residual
+        return TracedCall(running, eps, group.name, epilogue).norm(input, num_features, weight, bias, residual, mask)
+    if not is_plain(input, weight, bias, residual, mask):
+        tensors = input, weight, bias, residual, mask
         traced = TracedCall(running, eps, group.name, epilogue) if is_traced(*tensors) else None
         if is_transformed(*tensors):
             running = NOTHING if is_recomputing() else Running.of(*running)
             call = traced or EagerCall(num_features, running, eps, group, epilogue)
-            return differentiable.batch_stats_norm(input, running, weight, bias, residual, call)
+            return differentiable.batch_stats_norm(input, running, weight, bias, residual, call, mask)
         if traced is not None:
-            return traced.norm(input, num_features, weight, bias, residual)
+            return traced.norm(input, num_features, weight, bias, residual, mask)
     call = EagerCall(num_features, running, eps, group, epilogue)
-    call.check(input, weight, bias, residual)
+    mask = call.check(input, weight, bias, residual, mask)
     call.num_features = input.shape[1]
-    return apply_plain(input, weight, bias, residual, call)  # type: ignore[no-any-return]
+    return apply_plain(input, weight, bias, residual, call, mask)  # type: ignore[no-any-return]
 
 
 def running_stats_norm(
@@ -125,8 +127,12 @@ def running_stats_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Normalises by the running statistics. As sync_batch_norm in evaluation; sends nothing, in backward neither."""
+    if mask is not None:  # what stands elsewhere must not reach the gradients of weight and bias: neither x nor dy
+        y = running_stats_norm(differentiable.fill(input, mask), running_mean, running_var, weight, bias, eps)
+        return differentiable.fill(y, mask)
     if running_mean is None or running_var is None:
         raise ValueError(
             "expected running_mean and running_var when not training; got None: pass them, or training=True"

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from .. import core
+from ..arguments import full_mask
 from ..comm import Communicator, Group, Labels, counted, observed_kernels
 from ..core import NOTHING, Running
 from ..kernels import Epilogue, empty, select
 from ..layout import layout_of
 from .checks import backward_message, check_forward, check_join, check_memory, forward_message
+from .differentiable import fill
 from .operators import TracedCall
 from .recomputation import is_recomputing, reduce
 
@@ -48,18 +50,31 @@ class EagerCall:
     def traced(self) -> TracedCall:
         return TracedCall(self.running, self.eps, self.group.name, self.epilogue)
 
-    def check(self, input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> None:
-        """Refuses what cannot be computed, on all ranks together. To be called in the caller's own mode of autograd."""
+    def check(
+        self,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mask: Tensor | None = None,
+    ) -> Tensor | None:
+        """Refuses what cannot be computed, on all ranks together. To be called in the caller's own mode of autograd.
+
+        Returns:
+            The mask in full shape, or None.
+        """
         label = counted(self.labels.forward, self.comm)
         try:
             check_join(self.comm.world_size)
             check_forward(input, self.num_features, self.running, weight, bias, self.eps, self.epilogue, residual)
             select(input)
+            full: Tensor | None = full_mask(mask, input)
         except Exception as error:
             core.refuse(error, forward_message(input, self.num_features, weight, bias, self.running), self.comm, label)
+        return full
 
     def forward(
-        self, input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+        self, input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         running = NOTHING if is_recomputing() else Running.of(*self.running)
         layout, comm, epilogue = layout_of(input), self.comm, self.epilogue
@@ -67,9 +82,9 @@ class EagerCall:
         # In place in memory with gaps, or in that of the negative, the result is copied there.
         in_place = epilogue.in_place and input.stride() == layout.strides and not input.is_neg()
         output = input if in_place else empty(layout, input)
-        moments, center = reduce(input, kernels, comm, label=self.labels.forward)
+        moments, center = reduce(input, kernels, comm, mask, self.labels.forward)
         statistics = core.normalise(
-            input, output, weight, bias, running, self.eps, kernels, comm, moments, center, epilogue, residual
+            input, output, weight, bias, running, self.eps, kernels, comm, moments, center, epilogue, residual, mask
         )
         if epilogue.in_place and not in_place:
             output = input.copy_(output)
@@ -79,7 +94,7 @@ class EagerCall:
         # The sums are sent whatever this rank needs, for another may need what this one does not.
         label = counted(self.labels.backward, self.comm)
         try:
-            input, weight, bias, gate, statistics = ctx.saved_tensors  # raises where one was modified in place
+            input, weight, bias, gate, statistics, mask = ctx.saved_tensors  # raises where one was modified in place
             if grad_output is None or grad_output._is_zerotensor():
                 grad_output = torch.zeros_like(input)
             elif type(grad_output) is not Tensor or grad_output.layout is not _strided:
@@ -94,7 +109,7 @@ class EagerCall:
         g = None if gate is None else empty(layout, input)
         core.backward(
             grad_output, input, dx, weight, bias, grad_weight, grad_bias, statistics, kernels, self.comm, self.epilogue,
-            gate, g, label=label,
+            gate, g, mask, label,
         )  # fmt: skip
-        grad_residual = grad_output if ctx.has_residual and g is None else g
-        return dx, grad_weight, grad_bias, grad_residual, None
+        grad_residual = fill(grad_output, mask) if ctx.has_residual and g is None else g
+        return dx, grad_weight, grad_bias, grad_residual, None, None

@@ -17,10 +17,11 @@ from torch.nn.parallel import DistributedDataParallel as _Ddp
 from ..comm import Group
 from ..core import NOTHING, Running
 from ..kernels import PLAIN, Epilogue
-from ..kernels.fused import activation_of, fused
+from ..kernels.fused import NONE, activation_of, fused
 from .autograd import BatchStatsNorm
 from .checks import channels_of, is_within_join
-from .direct import backward_in_one_call, forward_in_one_call
+from .differentiable import fill
+from .direct import backward_in_one_call, dense_mask, forward_in_one_call
 from .eager import EagerCall
 from .recomputation import is_recomputing
 from .recomputation import local as _recordings
@@ -50,6 +51,7 @@ def normalise(
     group: Group,
     epilogue: Epilogue,
     residual: Tensor | None,
+    mask: Tensor | None = None,
 ) -> Tensor | None:
     """Normalises as dispatch.batch_stats_norm, or returns None where that is for the general way.
 
@@ -62,6 +64,7 @@ def normalise(
         or type(weight) not in _TYPES
         or type(bias) not in _TYPES
         or type(residual) not in _TYPES
+        or type(mask) not in _TYPES
         or _modes()
         or _transforms() is not None
         or forward_ad._current_level >= 0
@@ -81,11 +84,14 @@ def normalise(
         return None
     if weight is None and bias is None and mean is None and channels_of(input) != num_features:
         return None
+    valid = dense_mask(mask, input)
+    if valid is None:
+        return None
     comm, has_residual = group.communicator(), residual is not None
     bias_dtype = None if bias is None else bias.dtype
     rest = mean, var, batches, momentum, eps, code, epilogue, comm, has_residual, bias_dtype, group, num_features
     try:
-        return _apply(input, weight, bias, residual, rest)  # type: ignore[no-any-return]
+        return _apply(input, weight, bias, residual, rest, valid)  # type: ignore[no-any-return]
     except _Declined:
         return None
 
@@ -101,20 +107,22 @@ class _FusedNorm(torch.autograd.Function):
         bias: Tensor | None,
         residual: Tensor | None,
         rest: tuple[Any, ...],
+        valid: Tensor,
     ) -> Tensor:
         mean, var, batches, momentum, eps, activation, epilogue, comm, *_ = rest
         found = forward_in_one_call(
-            _fused, comm, input, weight, bias, residual, mean, var, batches, momentum, eps, activation, epilogue.slope,
-            rest[-2].labels,
+            _fused, comm, input, weight, bias, residual, valid, mean, var, batches, momentum, eps, activation,
+            epilogue.slope, rest[-2].labels,
         )  # fmt: skip
         if found is None:
             raise _Declined
         y, statistics = found
+        mask = None if valid is NONE else valid
         if activation == 0:
-            ctx.save_for_backward(input, weight, None, None, statistics)
+            ctx.save_for_backward(input, weight, None, None, statistics, mask)
         else:
             gate = None if residual is None else residual if epilogue.activation == "silu" else y
-            ctx.save_for_backward(input, weight, bias, gate, statistics)
+            ctx.save_for_backward(input, weight, bias, gate, statistics, mask)
         ctx.set_materialize_grads(False)
         ctx.rest = rest
         return y
@@ -136,10 +144,10 @@ class _FusedNorm(torch.autograd.Function):
             return _general_backward(ctx, grad_output, None)
         if bias_dtype is not None and bias_dtype is not torch.float32:
             return _general_backward(ctx, grad_output, saved)
-        input, weight, bias, gate, statistics = saved
+        input, weight, bias, gate, statistics, mask = saved
         found = backward_in_one_call(
-            _fused, comm, grad_output, input, weight, bias, gate, statistics, bias_dtype is not None, activation,
-            epilogue.slope, group.labels,
+            _fused, comm, grad_output, input, weight, bias, gate, NONE if mask is None else mask, statistics,
+            bias_dtype is not None, activation, epilogue.slope, group.labels,
         )  # fmt: skip
         if found is None:
             return _general_backward(ctx, grad_output, saved)
@@ -148,7 +156,8 @@ class _FusedNorm(torch.autograd.Function):
             dx,
             None if weight is None else grad_weight,
             None if bias_dtype is None else grad_bias,
-            (grad_output if gate is None else g) if has_residual else None,
+            (fill(grad_output, mask) if gate is None else g) if has_residual else None,
+            None,
             None,
         )
 

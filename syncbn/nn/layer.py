@@ -13,8 +13,9 @@ from ..core import NOTHING, Running, refuse
 from ..kernels import PLAIN, Epilogue, check_epilogue
 from . import fused, wrappers
 from .checks import check_residual, forward_message
-from .differentiable import activate
+from .differentiable import activate, fill
 from .dispatch import batch_stats_norm, is_traced, is_transformed, running_stats_norm
+from .masking import ModelMask
 
 _is_compiling = torch.compiler.is_compiling
 _LOCAL = GroupHandle(LocalCommunicator())
@@ -44,6 +45,8 @@ class SyncBatchNorm(_BatchNorm):
 
     Shape:
         input: (N, C, ...), of any memory format; N may be 0 and may differ between ranks. The result: as input.
+        mask: None, or bool of shape (N, 1, ...), (N, ...) without C, or one that broadcasts to (N, 1, ...): see
+            syncbn.functional.sync_batch_norm. Layers inside a model get it by syncbn.masked.
 
     Collective:
         In training mode one all_reduce of 2C + 1 float64 forward (float64 input: two), one of 2C float64 backward, in
@@ -65,6 +68,7 @@ class SyncBatchNorm(_BatchNorm):
     """
 
     _checks_input_dim = False  # converted layers of torch's do, as they did
+    _syncbn_mask: ModelMask | None = None  # see masked
 
     def __init__(
         self,
@@ -95,22 +99,32 @@ class SyncBatchNorm(_BatchNorm):
             handle.communicator()  # refuse what is no group here, not at the first batch
         self._syncbn_group = handle
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalises input; see the class."""
-        return self._normalise(input)
+        return self._normalise(input, mask=mask)
 
-    def _normalise(self, input: Tensor, epilogue: Epilogue = PLAIN, residual: Tensor | None = None) -> Tensor:
+    def _normalise(
+        self,
+        input: Tensor,
+        epilogue: Epilogue = PLAIN,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """Returns activation(normalised + residual)."""
+        if mask is None and self._syncbn_mask is not None:
+            mask = self._syncbn_mask.of(input)
         if self.training and not _is_compiling():
-            y = self._normalise_in_one_call(input, epilogue, residual)
+            y = self._normalise_in_one_call(input, epilogue, residual, mask)
             if y is not None:
                 return y
-        if not wrappers.are_tensors(input, residual):
-            result: Tensor = wrappers.normalise(self, input, epilogue, residual)
+        if not wrappers.are_tensors(input, residual, mask):
+            result: Tensor = wrappers.normalise(self, input, epilogue, residual, mask)
             return result
-        return self._normalise_tensors(input, epilogue, residual)
+        return self._normalise_tensors(input, epilogue, residual, mask)
 
-    def _normalise_in_one_call(self, input: Tensor, epilogue: Epilogue, residual: Tensor | None) -> Tensor | None:
+    def _normalise_in_one_call(
+        self, input: Tensor, epilogue: Epilogue, residual: Tensor | None, mask: Tensor | None
+    ) -> Tensor | None:
         """Returns the result in the usual case, with nothing in between; else None."""
         parameters, buffers = self._parameters, self._buffers
         mean = var = batches = None
@@ -128,10 +142,12 @@ class SyncBatchNorm(_BatchNorm):
             return None
         running = mean, var, batches, self.momentum
         return fused.normalise(
-            input, self.num_features, *running, weight, bias, self.eps, self._syncbn_group, epilogue, residual
+            input, self.num_features, *running, weight, bias, self.eps, self._syncbn_group, epilogue, residual, mask
         )
 
-    def _normalise_tensors(self, input: Tensor, epilogue: Epilogue, residual: Tensor | None) -> Tensor:
+    def _normalise_tensors(
+        self, input: Tensor, epilogue: Epilogue, residual: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
         # In evaluation without running statistics those of this rank's batch serve.
         group = self._syncbn_group if self.training else _LOCAL
         try:
@@ -141,7 +157,7 @@ class SyncBatchNorm(_BatchNorm):
                 self._check_input_dim(input)
         except Exception as error:  # something was deleted or replaced, or the input does not fit, on this rank
             refuse(error, forward_message(input, self.num_features, None, None, NOTHING), group.communicator())
-        return self._apply_to(input, vectors, group, epilogue, residual)
+        return self._apply_to(input, vectors, group, epilogue, residual, mask)
 
     def _vectors(self) -> tuple[Tensor | None, ...]:
         """Returns weight, bias, running_mean, running_var and num_batches_tracked."""
@@ -154,6 +170,7 @@ class SyncBatchNorm(_BatchNorm):
         group: GroupHandle,
         epilogue: Epilogue,
         residual: Tensor | None,
+        mask: Tensor | None,
     ) -> Tensor:
         weight, bias, mean, var, batches = vectors
         if not self.training and epilogue is not PLAIN:
@@ -162,10 +179,15 @@ class SyncBatchNorm(_BatchNorm):
                 check_residual(residual, input, epilogue)
             epilogue = epilogue._replace(in_place=False)
         if not self.training and mean is not None:
-            y = running_stats_norm(input, mean, var, weight, bias, self.eps)
-            return y if epilogue is PLAIN else activate(y, epilogue, residual, inplace=True)
+            y = running_stats_norm(input, mean, var, weight, bias, self.eps, mask)
+            if epilogue is PLAIN:
+                return y
+            residual = None if residual is None else fill(residual, mask)
+            return fill(activate(y, epilogue, residual, inplace=True), mask)
         updated = Running(mean, var, batches, self.momentum) if self.training and self.track_running_stats else NOTHING
-        return batch_stats_norm(input, self.num_features, updated, weight, bias, self.eps, group, epilogue, residual)
+        return batch_stats_norm(
+            input, self.num_features, updated, weight, bias, self.eps, group, epilogue, residual, mask
+        )
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Nothing: forward's own checks cover every number of axes."""

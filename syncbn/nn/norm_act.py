@@ -36,6 +36,7 @@ class SyncBatchNormAct(SyncBatchNorm):
     Shape:
         input and residual (none in place): (N, C, ...), of one dtype; N may be 0 and may differ between ranks. The
         result: as input.
+        mask: as SyncBatchNorm's; the result and the gradients of input and residual are 0 where nothing is valid.
 
     Collective:
         as SyncBatchNorm.
@@ -68,9 +69,11 @@ class SyncBatchNormAct(SyncBatchNorm):
         self.act, self.inplace, self.negative_slope = act, inplace, negative_slope
         check_epilogue(self._epilogue())
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override]  # the residual has always been the second argument
+        self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """Normalises input, adds residual and activates; see the class."""
-        return norm_act(self, input, self._epilogue(), residual)
+        return norm_act(self, input, self._epilogue(), residual, mask)
 
     def _epilogue(self) -> Epilogue:
         return Epilogue(self.act, self.negative_slope if self.act == "leaky_relu" else 0.0, self.inplace)
@@ -82,6 +85,12 @@ class SyncBatchNormAct(SyncBatchNorm):
         return f"{plain}, act={self.act!r}{slope}, inplace={self.inplace}"
 
 
-def norm_act(layer: SyncBatchNorm, input: Tensor, epilogue: Epilogue, residual: Tensor | None = None) -> Tensor:
+def norm_act(
+    layer: SyncBatchNorm,
+    input: Tensor,
+    epilogue: Epilogue,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
     """Applies a layer and the activation behind it; see SyncBatchNormAct."""
-    return layer._normalise(input, epilogue, residual)
+    return layer._normalise(input, epilogue, residual, mask)

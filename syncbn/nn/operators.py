@@ -29,13 +29,14 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from .. import core
+from ..arguments import full_mask
 from ..comm import Communicator, communicator_named, observed_kernels
 from ..core import Running
 from ..kernels import Epilogue, select
-from ..kernels.contract import refuse_mask
 from . import direct
 from .autograd import BatchStatsNorm
 from .checks import backward_message, check_forward, check_operator, check_vector, forward_message
+from .differentiable import fill
 from .outputs import (
     empty_like,
     fake_backward,
@@ -55,7 +56,7 @@ library: Any = torch.library.Library("syncbn", "DEF")  # type: ignore[no-untyped
 
 # An argument of what is made of other operators: torch's caches on disk know a compiled graph by the calls that were
 # traced, not by what they were made of. To be raised whenever that changes.
-CUT = 2
+CUT = 3
 
 _ACTIVATION = "str activation, float slope"
 _RUNNING = "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked"
@@ -121,34 +122,35 @@ class TracedCall:
         return self
 
     def norm(
-        self, input: Tensor, num_features: int, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+        self,
+        input: Tensor,
+        num_features: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mask: Tensor | None,
     ) -> Tensor:
         """Returns the result, by the operator that carries autograd."""
         running, epilogue = self.running, self.epilogue
         y: Tensor = torch.ops.syncbn.norm.default(
-            input, weight, bias, residual, None, *running[:3], num_features,
+            input, weight, bias, residual, mask, *running[:3], num_features,
             running.momentum, self.eps, epilogue.activation, epilogue.slope, self.group, self.label, CUT,
         )  # fmt: skip
         return y
 
     def backward(self, ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         """See autograd.Call; also of a forward in eager mode, where compiled autograd traces its backward."""
-        input, weight, bias, gate, statistics = ctx.saved_tensors
+        input, weight, bias, gate, statistics, mask = ctx.saved_tensors
         if grad_output is None:
             grad_output = torch.zeros_like(input)
         dx, grad_weight, grad_bias, g = torch.ops.syncbn.norm_backward.default(
-            grad_output, input, statistics, weight, bias, gate, None, ctx.bias_dtype, *self.epilogue[:2], self.group,
+            grad_output, input, statistics, weight, bias, gate, mask, ctx.bias_dtype, *self.epilogue[:2], self.group,
             self.label, CUT,
         )  # fmt: skip
-        if gate is not None:  # grad_output went through the activation
-            grad_output = g
-        return (
-            dx,
-            None if weight is None else grad_weight,
-            None if ctx.bias_dtype is None else grad_bias,
-            grad_output if ctx.has_residual else None,
-            None,
-        )
+        if ctx.has_residual and gate is None:  # else grad_output went through the activation
+            g = fill(grad_output, mask)
+        grad_weight, grad_bias = None if weight is None else grad_weight, None if ctx.bias_dtype is None else grad_bias
+        return dx, grad_weight, grad_bias, g if ctx.has_residual else None, None, None
 
 
 class _NormCall(TracedCall):
@@ -159,9 +161,9 @@ class _NormCall(TracedCall):
         self.num_features = num_features
 
     def forward(
-        self, input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+        self, input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        vectors = weight, bias, residual, None
+        vectors = weight, bias, residual, mask
         running, (activation, slope, _) = self.running, self.epilogue
         if not _is_selective():
             found: tuple[Tensor, Tensor] = in_order(
@@ -202,11 +204,10 @@ def _norm(
     label: str,
     cut: int,
 ) -> Tensor:
-    refuse_mask(mask)
     running = Running(running_mean, running_var, num_batches_tracked, momentum)
     epilogue = Epilogue(activation, slope)
     call = _NormCall(num_features, running, eps, group, epilogue, label)
-    y: Tensor = BatchStatsNorm.apply(x, weight, bias, residual, call)  # type: ignore[no-untyped-call]
+    y: Tensor = BatchStatsNorm.apply(x, weight, bias, residual, call, mask)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -288,7 +289,7 @@ def _reduce(
     running = Running(running_mean, running_var, None, 0.0 if momentum is None else momentum)
     try:
         check_forward(x, num_features, running, weight, bias, eps, Epilogue(activation, slope), residual)
-        kernels = observed_kernels(select(x), comm)
+        kernels, mask = observed_kernels(select(x), comm), full_mask(mask, x)
     except Exception as error:
         core.refuse(error, forward_message(x, num_features, weight, bias, running), comm)
     moments, center = reduce(x, kernels, comm, mask)
@@ -318,7 +319,7 @@ def _normalise(
     check_operator(x, weight, bias, epilogue, running, eps, {"residual": residual})
     check_vector("moments", moments, 2 * x.shape[1] + 1, x.device)
     check_vector("center", center, x.shape[1] if center.numel() else 0, x.device)
-    y, comm = empty_like(x), communicator_named(group)
+    y, comm, mask = empty_like(x), communicator_named(group), full_mask(mask, x)
     core.normalise(
         x, y, weight, bias, running, eps, observed_kernels(select(x), comm), comm, statistics,
         center if center.numel() else None, epilogue, residual, mask,
@@ -345,6 +346,7 @@ def _backward(
     try:
         check_operator(x, weight, bias, epilogue, alike={"a gradient": dy, "gate": gate})
         check_vector("statistics", statistics, 2 * x.shape[1] + 1, x.device)
+        mask = full_mask(mask, x)
         if bias_dtype is not None and not bias_dtype.is_floating_point:
             raise TypeError(f"expected bias_dtype to be a floating dtype; got {bias_dtype}: pass that of the bias")
     except Exception as error:

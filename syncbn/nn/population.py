@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from .. import core
+from ..arguments import full_mask
 from ..comm import Communicator, as_communicator
 from ..core import Running
 from ..kernels import select
@@ -141,15 +142,19 @@ class _Sums:
                 f"shape {tuple(x.shape)}: pass batches with samples along axis 0 of their tensors, or the same number "
                 "of batches on all ranks"
             )
-        x, kernels = x.detach(), select(x)
+        masks = (v for v in (*keywords.values(), *arguments[1:]) if isinstance(v, Tensor) and v.dtype == torch.bool)
+        given = next(masks, None)
+        if given is None and isinstance(layer, SyncBatchNorm) and layer._syncbn_mask is not None:
+            given = layer._syncbn_mask.of(x)
+        x, kernels, mask = x.detach(), select(x), full_mask(given, x)
         if self.center is None:
-            first = kernels.stats(x, None)
+            first = kernels.stats(x, None, mask)
             self.comm.all_reduce(first)
             count = first[-1].item()
             if not count:
                 return
             self.center = first[: layer.num_features] / count
-        self.moments += kernels.stats(x, self.center)
+        self.moments += kernels.stats(x, self.center, mask)
 
 
 def _population(

@@ -18,25 +18,25 @@ if TYPE_CHECKING:
 _TYPES = (Tensor, torch.nn.Parameter, type(None))
 
 
-def are_tensors(input: Any, residual: Any) -> bool:
+def are_tensors(input: Any, residual: Any, mask: Any) -> bool:
     """Whether a layer can go on with its inputs as they are."""
-    return type(input) in _TYPES and type(residual) in _TYPES
+    return type(input) in _TYPES and type(residual) in _TYPES and type(mask) in _TYPES
 
 
-def normalise(layer: SyncBatchNorm, input: Any, epilogue: Epilogue, residual: Any) -> Any:
+def normalise(layer: SyncBatchNorm, input: Any, epilogue: Epilogue, residual: Any, mask: Any) -> Any:
     """Normalises what is no plain tensor, as layer._normalise does; that serves where there is nothing special."""
     fx: Any = sys.modules.get("torch.fx")
     if fx is not None and isinstance(input, fx.Proxy):
-        return _leaf(layer, input, residual)
-    if has_torch_function((input, residual)):
-        return handle_torch_function(layer._normalise, (input, residual), input, epilogue, residual)
+        return _leaf(layer, input, residual, mask)
+    if has_torch_function((input, residual, mask)):
+        return handle_torch_function(layer._normalise, (input, residual, mask), input, epilogue, residual, mask)
     tensor: Any = sys.modules.get("torch.distributed.tensor")
     if tensor is not None and (isinstance(input, tensor.DTensor) or isinstance(residual, tensor.DTensor)):
-        return _over_mesh(layer, input, epilogue, residual)
-    return layer._normalise_tensors(input, epilogue, residual)
+        return _over_mesh(layer, input, epilogue, residual, mask)
+    return layer._normalise_tensors(input, epilogue, residual, mask)
 
 
-def _leaf(layer: SyncBatchNorm, input: Any, residual: Any) -> Any:
+def _leaf(layer: SyncBatchNorm, input: Any, residual: Any, mask: Any) -> Any:
     """Records a call of the layer in a graph of torch.fx, which holds torch.nn's layers as leaves, too."""
     tracer = input.tracer
     arguments = (input,) if residual is None else (input, residual)
@@ -45,17 +45,18 @@ def _leaf(layer: SyncBatchNorm, input: Any, residual: Any) -> Any:
             f"expected torch.fx to trace a model with the {type(layer).__name__} inside; got the layer itself, which "
             "is a leaf of graphs: trace nn.Sequential(layer)"
         )
-    return tracer.create_proxy("call_module", tracer.path_of_module(layer), arguments, {})
+    keywords = {} if mask is None else {"mask": mask}
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), arguments, keywords)
 
 
 _mesh_groups: dict[Any, GroupHandle] = {}
 
 
-def _over_mesh(layer: SyncBatchNorm, input: Any, epilogue: Epilogue, residual: Any) -> Any:
+def _over_mesh(layer: SyncBatchNorm, input: Any, epilogue: Epilogue, residual: Any, mask: Any) -> Any:
     """Normalises a DTensor whose batch is spread over a mesh, in place of the layer's process_group over that mesh.
 
     Parameters and buffers are replicated DTensors, or plain tensors, which are taken to be the same on every rank; of
-    these the gradients are this rank's own, as ever.
+    these the gradients are this rank's own, as ever. A mask that is a plain tensor is of this rank's part.
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
@@ -93,6 +94,7 @@ def _over_mesh(layer: SyncBatchNorm, input: Any, epilogue: Epilogue, residual: A
         if residual.placements != placements:
             residual = residual.redistribute(placements=placements)
         residual = residual.to_local()
+    mask = mask.redistribute(placements=placements).to_local() if isinstance(mask, DTensor) else mask
     vectors = tuple(local(v) for v in layer._vectors())
-    y = layer._apply_to(input.to_local(), vectors, _mesh_groups[group], epilogue, residual)
+    y = layer._apply_to(input.to_local(), vectors, _mesh_groups[group], epilogue, residual, mask)
     return DTensor.from_local(y, mesh, placements, run_check=False, shape=input.shape, stride=input.stride())

@@ -175,6 +175,14 @@ def test_alone_the_count_is_known_and_its_error_raised_at_once(module):
     assert module.events == []
 
 
+def test_alone_with_a_mask_the_count_is_known_on_the_device_only(module):
+    x, mask = torch.ones(2, 3, 1), torch.tensor([[[True]], [[False]]])
+    core.forward(x, x * 0, None, None, core.NOTHING, 1e-5, Kernels, LocalCommunicator(), mask=mask)
+    assert len(module.events) == 1
+    with pytest.raises(ValueError, match="expected more than 1 value per channel when training"):
+        syncbn.synchronize_errors()
+
+
 def test_float64_input_on_some_ranks_only_is_told_by_the_first_message(module):
     """The rank with float64 input waits for its second sum on the device, not on the host."""
 

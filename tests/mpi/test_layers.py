@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from mpi4py import MPI
+from support.masks import MASKED_STEPS, assert_masked_parity
 from support.parity import STEPS, assert_control, assert_parity, batch_norm_step, every_case, splits
 from support.ranks import RankFailedError, rank_errors, run_ranks
 from support.steps import assert_equals_whole_batch, batch, torch_step
@@ -37,6 +38,12 @@ def test_every_split_equals_the_whole_batch(step, sizes, dtype):
 def test_memory_formats_equal_the_whole_batch(formats):
     # 70 channels: messages beyond a cache line, and odd
     assert_parity("mpi", SPLITS["uneven"], torch_step, channels=70, arguments=(None, formats))
+
+
+@pytest.mark.parametrize("step", MASKED_STEPS)
+def test_masked_batches_equal_the_gathered_valid_positions(step):
+    kinds = [("random", None, "nothing", "padding")[rank % 4] for rank in range(SIZE)]
+    assert_masked_parity("mpi", SPLITS["uneven"], kinds, step)
 
 
 @pytest.mark.parametrize("step", [batch_norm_step, *STEPS])

@@ -33,9 +33,9 @@ def passes(monkeypatch):
     seen = []
     normalise = SyncBatchNorm._normalise
 
-    def watched(self, input, epilogue=PLAIN, residual=None):
+    def watched(self, input, epilogue=PLAIN, residual=None, mask=None):
         seen.append(epilogue.activation)
-        return normalise(self, input, epilogue, residual)
+        return normalise(self, input, epilogue, residual, mask)
 
     monkeypatch.setattr(SyncBatchNorm, "_normalise", watched)
     return seen

@@ -9,7 +9,7 @@ from support.steps import DTYPES, in_format
 
 import syncbn
 from syncbn.comm import LocalCommunicator
-from syncbn.kernels.fused import Fused
+from syncbn.kernels.fused import NONE, Fused
 from syncbn.kernels.fused import fused as registered
 from syncbn.nn import fused
 
@@ -200,16 +200,31 @@ def test_nothing_is_registered_without_torchs_c_interface(monkeypatch):
 @pytest.mark.parametrize(
     "arguments",
     [
-        lambda x, none: (x, none, none, none, none, none, none, torch.zeros(3), 0.1, 1e-5, 0, 0.0, 0),
-        lambda x, none: (x, x, none, none, none, none, none, none, 0.1, 1e-5, 0, 0.0, 0),
-        lambda x, none: (x[0], none, none, none, none, none, none, none, 0.1, 1e-5, 0, 0.0, 0),
-        lambda x, none: (x.int(), none, none, none, none, none, none, none, 0.1, 1e-5, 0, 0.0, 0),
-        lambda x, none: (x, none, none, x[:1], none, none, none, none, 0.1, 1e-5, 0, 0.0, 0),
-        lambda x, none: (x, none, none, none, x[0], none, none, none, 0.1, 1e-5, 0, 0.0, 0),
-        lambda x, none: (x, none, none, none, none, none, x, none, 0.1, 1e-5, 0, 0.0, 0),
+        lambda x, none: (x, none, none, none, none, none, none, none, torch.zeros(3)),
+        lambda x, none: (x, x, none, none, none, none, none, none, none),
+        lambda x, none: (x[0], none, none, none, none, none, none, none, none),
+        lambda x, none: (x.int(), none, none, none, none, none, none, none, none),
+        lambda x, none: (x, none, none, x[:1], none, none, none, none, none),
+        lambda x, none: (x, none, none, none, none, x[0], none, none, none),
+        lambda x, none: (x, none, none, none, none, none, none, x, none),
+        lambda x, none: (x, none, none, none, x[:, :1], none, none, none, none),
+        lambda x, none: (x, none, none, none, x > 0, none, none, none, none),
+        lambda x, none: (x, none, none, none, x[:, 0] > 0, none, none, none, none),
     ],
-    ids=["moments", "weight", "one axis", "integers", "residual", "mean alone", "batches"],
+    ids=[
+        "moments",
+        "weight",
+        "one axis",
+        "integers",
+        "residual",
+        "mean alone",
+        "batches",
+        "mask of floats",
+        "mask of channels",
+        "mask of one axis",
+    ],
 )
 def test_the_operator_declines_nonsense(arguments):
-    x, none = torch.randn(4, 3), torch.empty(0)
-    assert registered().forward(*arguments(x, none))[-1] == -1
+    x, numbers = torch.randn(4, 3), (0.1, 1e-5, 0, 0.0, 0)
+    assert registered().forward(x, *[NONE] * 8, *numbers)[-1] == 4.0
+    assert registered().forward(*arguments(x, NONE), *numbers)[-1] == -1

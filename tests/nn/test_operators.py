@@ -19,7 +19,9 @@ ACTS = {"none": 0.0, "relu": 0.0, "leaky_relu": 0.01, "silu": 0.0}
 FORMATS = ["contiguous", "channels_last", "strided"]
 
 
-def arguments(dtype="float32", format="contiguous", act="none", with_vectors=True, with_residual=False, grad=False):
+def arguments(
+    dtype="float32", format="contiguous", act="none", with_vectors=True, with_residual=False, grad=False, mask=None
+):
     """Arguments that fit, by operator, each computed by the ones before it."""
     torch.manual_seed(0)
     c, of = 3, DTYPES[dtype]
@@ -31,8 +33,8 @@ def arguments(dtype="float32", format="contiguous", act="none", with_vectors=Tru
     activation, numbers = (act, ACTS[act]), (3, 0.1, 1e-5)
     found = {}
     start = [None if v is None else v.clone().requires_grad_(grad) for v in (x, weight, bias, residual)]
-    found["norm"] = (*start, None, mean, var, batches, *numbers, *activation, LOCAL, "", CUT)
-    vectors = weight, bias, residual, None
+    found["norm"] = (*start, mask, mean, var, batches, *numbers, *activation, LOCAL, "", CUT)
+    vectors = weight, bias, residual, mask
     found["forward"] = (x, *vectors, mean, var, batches, None, *numbers, *activation, LOCAL, "")
     found["reduce"] = (x, *vectors, mean, var, None, *numbers, *activation, LOCAL, "")
     sent = OPERATORS.reduce(*found["reduce"])
@@ -42,7 +44,7 @@ def arguments(dtype="float32", format="contiguous", act="none", with_vectors=Tru
     if with_residual and act != "none":
         gate = residual if act == "silu" else y
     bias_dtype = None if bias is None else bias.dtype
-    saved = dy, x, statistics, weight, bias if act != "none" else None, gate, None, bias_dtype
+    saved = dy, x, statistics, weight, bias if act != "none" else None, gate, mask, bias_dtype
     found["norm_backward"] = (*saved, *activation, LOCAL, "", CUT)
     found["backward"] = (*saved, None, *activation, LOCAL, "")
     found["all_reduce"] = (torch.randn(7, dtype=torch.float64), None, LOCAL)
@@ -72,6 +74,15 @@ def test_opcheck_with_and_without_vectors_and_residual(with_vectors, act, with_r
         opcheck(getattr(OPERATORS, name).default, found[name])
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.parametrize("act", ["none", "silu"])
+def test_opcheck_with_a_mask(act):
+    mask = torch.rand(4, 5, 6) < 0.5
+    found = arguments(act=act, with_residual=True, grad=True, mask=mask)
+    for name in PER_LAYOUT:
+        opcheck(getattr(OPERATORS, name).default, found[name])
+
+
 def test_opcheck_finds_a_fake_of_another_shape():
     with torch.library._scoped_library("syncbn_wrong", "DEF") as library:
         library.define("stats(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -94,7 +105,7 @@ NONSENSE = {
     "x": [r(4, 5, 5, 6), ROWS, r(), INTS, r(4, 3, 5, 6, dtype=torch.bool), r(4, 3, 5, 6).to_sparse()],
     "weight": [r(5), r(3, 1), r(3, dtype=torch.int32), r(0)],
     "residual": [ONE_COLUMN_LESS, f64(4, 3, 5, 6), INTS, ROWS],
-    "mask": [r(4, 1, 5, 6, dtype=torch.bool)],
+    "mask": [r(4, 1, 5, 6), r(4, 3, 5, 6, dtype=torch.bool), r(3, 5, 6, dtype=torch.bool)],
     "running_mean": [r(5), None, r(3, dtype=torch.int32)],
     "running_var": [r(2)],
     "activation": ["tanh", ""],

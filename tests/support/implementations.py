@@ -10,15 +10,16 @@ import torch
 from syncbn.kernels import PLAIN, Running, aten, cpu, gpu, reference
 
 NOTHING = Running()  # to update
+WITHOUT_MASKS = {gpu}  # they refuse one
 
 
-def normalised(kernels, x, statistics, weight, bias, epilogue=PLAIN, residual=None, y=None):
+def normalised(kernels, x, statistics, weight, bias, epilogue=PLAIN, residual=None, y=None, mask=None):
     """Calls normalise so that it works with these statistics, [mean | invstd | any count], and returns y."""
     c = x.shape[1]
     y = nan_like(x) if y is None else y
     moments = statistics * 0 + 2.0  # of two elements: the count changes nothing here
     moments[:c], moments[c:-1] = 0.0, 2.0 / statistics[c:-1] ** 2
-    count = kernels.normalise(x, moments, statistics[:c], NOTHING, 0.0, weight, bias, y, epilogue, residual)
+    count = kernels.normalise(x, moments, statistics[:c], NOTHING, 0.0, weight, bias, y, epilogue, residual, mask)
     assert count == 2.0
     return y
 
