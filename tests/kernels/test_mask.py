@@ -6,7 +6,7 @@ Positions that are not valid hold NaN and infinity in all that is read, and NaN 
 import numpy as np
 import pytest
 import torch
-from support.implementations import WITHOUT_MASKS, filled, nan_like, normalised
+from support.implementations import filled, nan_like, normalised
 from support.tolerances import ELEMENT, SUM
 from test_epilogue import EPILOGUES, IN_PLACE, case
 
@@ -16,12 +16,6 @@ SHAPES = [(5, 3, 7), (4, 1, 9), (9, 6, 1), (3, 2, 49), (9, 2, 601), (70, 12, 1),
 # Shapes, each with a kind of mask.
 CASES = [(shape, "random") for shape in SHAPES]
 CASES += [(shape, kind) for shape in SHAPES[:3] for kind in ("padding", "all", "none")]
-
-
-@pytest.fixture(autouse=True)
-def _those_with_masks(implementation):
-    if implementation.kernels in WITHOUT_MASKS:
-        pytest.skip("takes no masks yet")
 
 
 def mask_of(kind, shape):
