@@ -1,4 +1,4 @@
-"""What ranks that share memory say of the layers: of those that do not belong together, and of ranks that do not come."""
+"""What ranks that share memory say of layers that do not belong together, and of ranks that do not come."""
 
 import re
 from datetime import timedelta
