@@ -41,18 +41,29 @@ class ObservedCommunicator:
         self.comm, self.observer = comm, observer
         self.rank, self.world_size = comm.rank, comm.world_size
         self._direction = "derivatives"  # of the last kernel, for messages without a label: those of graphs
+        self._kernels: dict[Any, _ObservedKernels] = {}
 
     def all_reduce(self, buffer: Any, label: Label | None = None) -> None:
         """Sums as comm does. In a world of one there is no message to observe."""
         if self.world_size == 1:
             return
         direction = self._direction if label is None else label.direction
-        self.observer.run(direction, True, lambda v: self.comm.all_reduce(v, label=label), buffer)
+        self.observer.run(direction, True, self._send, buffer, label)
+
+    def _send(self, buffer: Any, label: Label | None) -> None:
+        self.comm.all_reduce(buffer, label=label)
 
     def run(self, direction: str, kernel: Callable[..., Any], *arguments: Any) -> Any:
         """Returns kernel(*arguments), observed."""
         self._direction = direction
         return self.observer.run(direction, False, kernel, *arguments)
+
+    def observed(self, kernels: Any) -> Any:
+        """Returns kernels that the observer runs."""
+        found = self._kernels.get(kernels)
+        if found is None:
+            found = self._kernels[kernels] = _ObservedKernels(kernels, self)
+        return found
 
 
 class _ObservedKernels:
@@ -62,14 +73,19 @@ class _ObservedKernels:
         self._kernels, self._comm = kernels, comm
 
     def __getattr__(self, name: str) -> Any:
-        kernel = getattr(self._kernels, name)
+        kernel, run = getattr(self._kernels, name), self._comm.run
         direction = "backward" if name.startswith("backward") else "forward"
-        return lambda *arguments, **options: self._comm.run(direction, partial(kernel, **options), *arguments)
+
+        def observed(*arguments: Any, **options: Any) -> Any:
+            return run(direction, partial(kernel, **options) if options else kernel, *arguments)
+
+        setattr(self, name, observed)  # found at once next time
+        return observed
 
 
 def observed_kernels(kernels: Any, comm: Any) -> Any:
     """Returns kernels, which comm's observer, if it has one, runs."""
-    return _ObservedKernels(kernels, comm) if type(comm) is ObservedCommunicator else kernels
+    return comm.observed(kernels) if type(comm) is ObservedCommunicator else kernels
 
 
 # Those of what graphs send, by the group's name in a graph; the last one observes.

@@ -47,8 +47,9 @@ def profile(model: nn.Module) -> Iterator[Report]:
     whichever model, is listed by channels, as "(graphs, 64 channels)". Not seen are layers of DTensors, which send over
     their mesh, evaluation, which sends nothing, and the NumPy layer.
 
-    It costs nothing when off. When on, C++ gives sums in shared memory back to Python, and clocks are read: measured 12
-    microseconds more for forward and backward of a layer, and as many again while torch.profiler records.
+    It costs nothing when off. When on, C++ gives sums in shared memory back to Python, and clocks are read: a layer of
+    (32, 64) float32 took 1.2 to 1.5 times as long for forward and backward, alone and in a world of two (23 to 37
+    microseconds of a core that other processes shared). Larger layers pay the same microseconds.
 
     Args:
         model: whose SyncBatchNorm layers are recorded; wrapped, compiled or not.

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,40 +66,38 @@ class Recording:
 
     def of_graphs(self) -> _Observer:
         """Returns what records calls of graphs, which do not know their layers."""
-        return _Observer(self, None)
+        return _Observer(self, "")
 
     def run(self, row: tuple[str, str], is_message: bool, function: Callable[..., Any], *arguments: Any) -> Any:
         """Returns function(*arguments), timed where the first of them is."""
         device = None if arguments[0].is_cpu else arguments[0].device
-        start = _mark(device)
+        start = _clock() if device is None else _event(device)
         if torch.autograd.profiler._is_profiler_enabled:
             kind = "message" if is_message else "kernels"
             with torch.autograd.profiler.record_function(f"syncbn {' '.join(row)}: {kind}"):
                 result = function(*arguments)
         else:
             result = function(*arguments)
-        end = _mark(device)
-        if start is None or end is None:  # a graph is being captured
-            return result
-        self.kernel_seconds.setdefault(row, 0.0)
-        if is_message:
-            message = Message(row, arguments[0].nbytes)
-            self.messages.append(message)
-            self.device = arguments[0].device
-
-        def add(seconds: float) -> None:
-            if is_message:
-                message.seconds = seconds
-            else:
-                self.kernel_seconds[row] += seconds
-
         if device is None:
-            add(end - start)
-        else:
-            self._waiting.append((add, start, end))
+            self._add(row, self._message(row, arguments[0]) if is_message else None, _clock() - start)
+        elif start is not None:  # None: a graph is being captured
+            end = _event(device)
+            message = self._message(row, arguments[0]) if is_message else None
+            self._waiting.append((partial(self._add, row, message), start, end))
             if len(self._waiting) > _MOST_EVENTS:
                 self._settle(wait=False)
         return result
+
+    def _message(self, row: tuple[str, str], buffer: Tensor) -> Message:
+        message = Message(row, buffer.nbytes)
+        self.messages.append(message)
+        self.device = buffer.device
+        return message
+
+    def _add(self, row: tuple[str, str], message: Message | None, seconds: float) -> None:
+        self.kernel_seconds[row] = self.kernel_seconds.get(row, 0.0) + (seconds if message is None else 0.0)
+        if message is not None:
+            message.seconds = seconds
 
     def _settle(self, wait: bool) -> None:
         while self._waiting:
@@ -117,9 +116,9 @@ class Recording:
 
 
 class _Observer:
-    """See comm.observed.Observer. layer: its name, or None for what graphs do."""
+    """See comm.observed.Observer. layer: its name, or "" for what graphs do."""
 
-    def __init__(self, recording: Recording, layer: str | None) -> None:
+    def __init__(self, recording: Recording, layer: str) -> None:
         self._recording, self._layer = recording, layer
 
     @property
@@ -130,9 +129,7 @@ class _Observer:
         """Returns function(*arguments), recorded."""
         if not self._recording.is_open:
             return function(*arguments)
-        layer = self._layer
-        if layer is None:
-            layer = f"(graphs, {_channels(arguments[0])} channels)"
+        layer = self._layer or f"(graphs, {_channels(arguments[0])} channels)"
         return self._recording.run((layer, direction), is_message, function, *arguments)
 
 
@@ -141,10 +138,8 @@ def _channels(v: Tensor) -> int:
     return v.shape[1] if v.dim() > 1 else v.numel() // 2
 
 
-def _mark(device: Any) -> Any:
-    """Returns the time, on an accelerator an event of it, or None while a graph is captured."""
-    if device is None:
-        return _clock()
+def _event(device: Any) -> Any:
+    """Returns an event of an accelerator that comes now, or None while a graph is captured."""
     module = deferred.module_of(device)
     if module is None or getattr(module, "is_current_stream_capturing", lambda: False)():
         return None

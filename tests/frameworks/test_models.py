@@ -160,8 +160,20 @@ def test_trap_23_their_converters_replace_our_layers_by_layers_that_refuse_cpus(
         assert "SyncBatchNorm expected input tensor to be on" in str(error)
 
 
-@pytest.mark.parametrize("convert", [through_torch, through_timm])
-def test_trap_23_what_their_converters_have_made_is_taken_over(convert):
-    """Of timm's layers with an activation torch's converter keeps the normalisation alone; timm's knows them."""
+@pytest.mark.parametrize(("convert", "build"), [(through_torch, timm_resnet), (through_timm, timm_efficientnet)])
+def test_trap_23_what_their_converters_have_made_is_taken_over(convert, build):
     pytest.importorskip("timm")
-    assert check_parity(timm_resnet, classes, convert) > 0
+    assert check_parity(build, classes, convert) > 0
+
+
+def test_torchs_converter_drops_the_activation_of_timms_layers():
+    """Which is so for the model as timm made it, too, and why timm has a converter."""
+    pytest.importorskip("timm")
+    x = torch.randn(2, 32, 4, 4)
+    for model in (timm_efficientnet(), syncbn.convert_sync_batchnorm(timm_efficientnet())):
+        assert type(model.bn1.act) is nn.ReLU6
+        assert model.eval().bn1(x).min() >= 0
+        converted = converter_of_torch(model).bn1
+        assert type(converted) is nn.SyncBatchNorm
+        assert converted(x).min() < 0
+        assert syncbn.convert_sync_batchnorm(converted)(x).min() < 0

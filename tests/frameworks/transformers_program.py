@@ -33,7 +33,7 @@ if __name__ == "__main__":
     arguments = TrainingArguments(
         output_dir=str(folder / "out"), use_cpu=True, per_device_train_batch_size=8 // int(os.environ["WORLD_SIZE"]),
         num_train_epochs=1, optim="sgd", learning_rate=0.01, lr_scheduler_type="constant", max_grad_norm=0.0,
-        save_strategy="no", report_to="none", disable_tqdm=True,
+        save_strategy="no", report_to="none", disable_tqdm=True, average_tokens_across_devices=False,
     )  # fmt: skip
     trainer = InOrder(model, arguments, train_dataset=samples)
     trainer.train()

@@ -298,9 +298,26 @@ def test_layers_are_ranges_of_torchs_profiler():
 
 
 class Doubling:
-    """Two ranks, of which this is both."""
+    """Two ranks, of which this is both; without a parameter for labels."""
 
     rank, world_size = 0, 2
 
     def all_reduce(self, buffer):
         buffer *= 2
+
+
+class KeywordOnly(Doubling):
+    seen = ()
+
+    def all_reduce(self, buffer, *, label=None):
+        self.seen = (*self.seen, label and label.layer)
+        super().all_reduce(buffer)
+
+
+def test_labels_are_passed_on_by_name():
+    comm = KeywordOnly()
+    model = syncbn.convert_sync_batchnorm(network(), comm)
+    with syncbn.profile(model):
+        step(model, 0)
+    exchange = (None, None)
+    assert comm.seen == ("body.1", "body.4", "act", "act", "body.4", "body.1", *exchange)
