@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from . import functional as functional
     from . import numpy as numpy
     from .deferred import synchronize_errors as synchronize_errors
+    from .nn import NoisySyncBatchNorm as NoisySyncBatchNorm
     from .nn import SyncBatchNorm as SyncBatchNorm
     from .nn import SyncBatchNormAct as SyncBatchNormAct
     from .nn import checkpoint_contexts as checkpoint_contexts
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "NoisySyncBatchNorm",
     "SyncBatchNorm",
     "SyncBatchNormAct",
     "World",

@@ -3,11 +3,13 @@
 from .convert import convert_sync_batchnorm, revert_sync_batchnorm
 from .layer import SyncBatchNorm
 from .loss import scale_loss
+from .noisy import NoisySyncBatchNorm
 from .norm_act import SyncBatchNormAct
 from .population import recalibrate
 from .recomputation import checkpoint_contexts
 
 __all__ = [
+    "NoisySyncBatchNorm",
     "SyncBatchNorm",
     "SyncBatchNormAct",
     "checkpoint_contexts",
