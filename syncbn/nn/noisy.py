@@ -212,7 +212,7 @@ def check_levels(num_features: int, noise_mean: Any, noise_var: Any) -> dict[str
     levels = {}
     for name, value in {"noise_mean": noise_mean, "noise_var": noise_var}.items():
         try:
-            level = torch.as_tensor(value).detach().to("cpu", torch.float64, copy=True)
+            level = torch.as_tensor(value, dtype=torch.float64).detach().to("cpu", copy=True)
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(
                 f"expected {name} to be a number or a vector; got {type(value).__name__}: pass 0.1, say"
