@@ -26,7 +26,7 @@ from .operators import CUT, below_autograd, in_order, library
 from .recomputation import is_recomputing
 
 _C: Any = torch._C
-_TICKETS = 4096  # forwards of a layer that wait for their backward, at most
+_TICKETS = 2048  # the latest forwards of a layer that may be repeated
 
 
 class NoiseStream:
@@ -41,7 +41,7 @@ class NoiseStream:
         self.name = f"noise-{next(_numbers)}"
         self._agreed: tuple[str, int] | None = None
         # For each ticket the number of its forward, and whether several forwards that were not repeated had it.
-        self._tickets: OrderedDict[int, tuple[Tensor, bool]] = OrderedDict()
+        self._tickets: OrderedDict[int, tuple[int | Tensor, bool]] = OrderedDict()
         self._repeated: set[int] = set()
         _streams[self.name] = self
 
@@ -70,7 +70,7 @@ class NoiseStream:
         if is_recomputing():
             number, after = self._recall(), count
         else:
-            number, after = count.clone(), count + 1
+            number, after = int(count) if _is_plain(count) else count.clone(), count + 1
             if not torch.is_grad_enabled() or _C._autograd._top_saved_tensors_default_hooks(True) is not None:
                 self._remember(number)
         return _normal(seed, number, num_features), seed, after
@@ -104,7 +104,7 @@ class NoiseStream:
             raise ValueError(f"{core.rank_prefix(comm)}{error}") from None
         return seed if found == own[0] else torch.full_like(seed, found)
 
-    def _remember(self, number: Tensor) -> None:
+    def _remember(self, number: int | Tensor) -> None:
         ticket = _ticket()
         waiting = self._tickets.pop(ticket, None)
         self._tickets[ticket] = number, waiting is not None and ticket not in self._repeated
@@ -112,7 +112,7 @@ class NoiseStream:
         if len(self._tickets) > _TICKETS:
             self._repeated.discard(self._tickets.popitem(last=False)[0])
 
-    def _recall(self) -> Tensor:
+    def _recall(self) -> int | Tensor:
         ticket = _ticket()
         number, is_ambiguous = self._tickets.get(ticket, (None, False))
         if number is None or is_ambiguous:
@@ -129,21 +129,25 @@ class NoiseStream:
 
 def adopt(stream: NoiseStream, seed: Tensor, count: Tensor, name: str, comm: Communicator) -> None:
     """Makes a layer's seed the one that its ranks agree on; see NoiseStream.agree."""
-    agreed = stream.agree(seed, count, name, comm)
-    if agreed is not seed:
-        seed.copy_(agreed)
+    found = stream.agree(seed, count, name, comm)
+    if found is not seed:
+        seed.copy_(found)
 
 
 def _ticket() -> int:
     return int(torch.randint(2**62, (), device="cpu"))
 
 
-def _normal(seed: Tensor, number: Tensor, num_features: int) -> Tensor:
-    if seed.is_cpu and not _C._functorch.is_functorch_wrapped_tensor(seed):  # NumPy's calls take a third of the time
-        numbers = seed.view(1).numpy(), number.view(1).numpy(), np.arange(1, num_features + 1)
+def _is_plain(v: Tensor) -> bool:
+    return v.is_cpu and not _C._functorch.is_functorch_wrapped_tensor(v)
+
+
+def _normal(seed: Tensor, number: int | Tensor, num_features: int) -> Tensor:
+    if isinstance(number, int) and _is_plain(seed):  # NumPy's calls take a third of the time
+        numbers = seed.view(1).numpy(), np.array([number]), np.arange(1, num_features + 1)
         return torch.from_numpy(np.stack(normal(*numbers, np)))
     channels = torch.arange(1, num_features + 1, device=seed.device)
-    return torch.stack(normal(seed.view(1), number.view(1), channels, torch))
+    return torch.stack(normal(seed.view(1), torch.as_tensor(number, device=seed.device).view(1), channels, torch))
 
 
 _numbers = itertools.count()

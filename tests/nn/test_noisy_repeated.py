@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from support.ranks import run_ranks
 from support.regions import CONTEXTS, PLAIN, REENTRANT, SELECTIVE, by_a_function_of_ones_own
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -138,3 +139,22 @@ def test_make_fx_records_a_graph_that_draws():
     assert any("draw_noise" in str(node.target) for node in graph.graph.nodes)
     net.load_state_dict(expected.state_dict())
     torch.testing.assert_close(graph(x), expected(x))
+
+
+def _compiled_on_a_rank(rank, group):
+    torch.manual_seed(rank)  # other seeds of the layers, which agree within the graph
+    layers = nn.Sequential(syncbn.NoisySyncBatchNorm(3), nn.ReLU(), syncbn.NoisySyncBatchNorm(3)).double()
+    x = torch.arange(12.0, dtype=torch.float64).view(4, 3).square()[2 * rank : 2 * rank + 2]
+    compiled = torch.compile(layers, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        return [compiled(x) for _ in range(2)], [int(layers[i].noise_seed) for i in (0, 2)]
+
+
+def test_compiled_ranks_agree_on_their_seeds():
+    (first, seeds), (second, others) = run_ranks(_compiled_on_a_rank, 2, "gloo")
+    assert seeds == others
+    layers = nn.Sequential(*(syncbn.NoisySyncBatchNorm(3, seed=s) for s in seeds)).double()
+    layers.insert(1, nn.ReLU())
+    x = torch.arange(12.0, dtype=torch.float64).view(4, 3).square()
+    for ys in zip(first, second, strict=True):
+        torch.testing.assert_close(torch.cat(ys), layers(x).detach(), rtol=1e-12, atol=1e-12)
