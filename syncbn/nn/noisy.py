@@ -30,10 +30,12 @@ class NoisySyncBatchNorm(SyncBatchNorm):
         var' + eps = (var + eps) * f(noise_var * e2),  f(u) = 1 + u for u >= -1/2, 1 / (-4u) below,
 
     and y = (x - mean') / sqrt(var' + eps) * weight + bias. f is continuously differentiable, and keeps var' + eps above
-    0 whatever e2 is; it falls so slowly there that 1 / sqrt(f) grows as sqrt(-u), and learnt noise cannot run away. noise_mean and noise_var are parameters, (C,), in units of the batch's own standard deviation and
-    variance, so that a value means the same for every layer. Noise of absolute size, mean' = mean + gamma_mean * e1 and
-    var' = var + gamma_var * e2, is the special case of noise_mean = gamma_mean / sqrt(var + eps) and noise_var =
-    gamma_var / (var + eps), where f(u) = 1 + u.
+    0 whatever e2 is. It falls so slowly there, 1 / sqrt(f) growing as sqrt(-u), that learnt noise does not run away.
+
+    noise_mean and noise_var are parameters, (C,), in units of the batch's own standard deviation and variance, so that a
+    value means the same for every layer. Noise of absolute size, mean' = mean + gamma_mean * e1 and var' = var +
+    gamma_var * e2, is the special case of noise_mean = gamma_mean / sqrt(var + eps) and noise_var = gamma_var /
+    (var + eps), where f(u) = 1 + u.
 
     Running statistics are of the batch, without the noise, and evaluation has none. Since e1 and e2 have both signs,
     so may the parameters: the sign of a learnt one means nothing. Training them by the training loss mostly makes

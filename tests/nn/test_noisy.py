@@ -65,7 +65,7 @@ def test_the_layer_is_its_formula():
         noisy_mean = mean + np.array(LEVELS["noise_mean"])[:, None] * e1 * np.sqrt(var + layer.eps)
         u = np.array(LEVELS["noise_var"])[:, None] * e2
         below += (u < -0.5).sum()
-        noisy_var = (var + layer.eps) * np.where(u >= -0.5, 1 + u, 1 / (4 * np.abs(u)))
+        noisy_var = (var + layer.eps) * np.where(u >= -0.5, 1 + u, 0.25 / np.abs(np.minimum(u, -0.5)))
         expected = (x - noisy_mean) / np.sqrt(noisy_var) * weight + bias
         np.testing.assert_allclose(layer(torch.from_numpy(x)).detach(), expected, rtol=1e-12, atol=1e-12)
     assert below > 0
