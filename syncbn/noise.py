@@ -57,8 +57,8 @@ def perturbed(
         shift = noise_mean * e1,  scale = (max(-2u, 1) / (1 + max(u, -1/2)))^(1/2),  u = noise_var * e2,
         weight' = weight * scale,  bias' = bias - weight' * shift.
 
-    Below u = -1/2 scale is 2 sqrt(-u). With exp(2u + 1) / 2 for 1 / scale^2 there it grew exponentially, and learnt noise
-    ran away, to NaN, in several of the 24 seeds of benchmarks.regularisation.
+    Below u = -1/2 scale is 2 sqrt(-u). With exp(2u + 1) / 2 for 1 / scale^2 there it grew exponentially, and learnt
+    noise ran away, to NaN, in several of the 24 seeds of benchmarks.regularisation.
 
     Args:
         weight, bias: (c,), or None for 1 and 0.

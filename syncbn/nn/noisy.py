@@ -30,10 +30,10 @@ class NoisySyncBatchNorm(SyncBatchNorm):
         var' + eps = (var + eps) * f(noise_var * e2),  f(u) = 1 + u for u >= -1/2, 1 / (-4u) below,
 
     and y = (x - mean') / sqrt(var' + eps) * weight + bias. f is continuously differentiable, and keeps var' + eps above
-    0 whatever e2 is. It falls so slowly there, 1 / sqrt(f) growing as sqrt(-u), that learnt noise does not run away.
+    0 whatever e2 is; it falls slowly, for learnt noise could run away where 1 / sqrt(f) grew faster than sqrt(-u) does.
 
-    noise_mean and noise_var are parameters, (C,), in units of the batch's own standard deviation and variance, so that a
-    value means the same for every layer. Noise of absolute size, mean' = mean + gamma_mean * e1 and var' = var +
+    noise_mean and noise_var are parameters, (C,), in units of the batch's own standard deviation and variance, so that
+    a value means the same for every layer. Noise of absolute size, mean' = mean + gamma_mean * e1 and var' = var +
     gamma_var * e2, is the special case of noise_mean = gamma_mean / sqrt(var + eps) and noise_var = gamma_var /
     (var + eps), where f(u) = 1 + u.
 
