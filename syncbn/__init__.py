@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from . import lightning as lightning
     from . import numpy as numpy
     from .deferred import synchronize_errors as synchronize_errors
+    from .nn import NoisySyncBatchNorm as NoisySyncBatchNorm
     from .nn import SyncBatchNorm as SyncBatchNorm
     from .nn import SyncBatchNormAct as SyncBatchNormAct
     from .nn import checkpoint_contexts as checkpoint_contexts
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "NoisySyncBatchNorm",
     "SyncBatchNorm",
     "SyncBatchNormAct",
     "World",

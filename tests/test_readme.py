@@ -82,8 +82,9 @@ def test_the_table_of_speed_is_that_of_the_results():
     assert tables.BEGIN + tables.table(tables.read()) + tables.END in README.read_text()
 
 
-def test_the_example_of_one_pass_runs(tmp_path):
+@pytest.mark.parametrize("number", [3, 4], ids=["one-pass", "noise"])
+def test_the_examples_of_other_layers_run(number, tmp_path):
     result = subprocess.run(
-        [sys.executable, "-c", EXAMPLES[3]], capture_output=True, text=True, cwd=tmp_path, timeout=60
+        [sys.executable, "-c", EXAMPLES[number]], capture_output=True, text=True, cwd=tmp_path, timeout=60
     )
     assert result.returncode == 0, result.stderr

@@ -25,14 +25,15 @@ ALLOWED = {
     "deferred": set(),
     "layout": set(),
     "native": set(),
+    "noise": set(),
     "kernels": {"kernels", "layout", "native"},
     "environment": set(),
     "comm": {"comm", "environment", "native"},
     "mpi": {"mpi", "comm", "environment"},
     "world": {"world", "environment", "comm", "mpi"},
     "functional": {"core", "comm", "kernels", "nn"},
-    "numpy": {"arguments", "core", "layout", "kernels", "comm"},
-    "nn": {"nn", "arguments", "kernels", "core", "comm", "layout"},
+    "numpy": {"arguments", "core", "layout", "kernels", "comm", "noise"},
+    "nn": {"nn", "arguments", "kernels", "core", "comm", "layout", "noise"},
     "lightning": {"nn"},
     "profiling": {"profiling", "nn", "comm", "deferred"},
 }
@@ -62,7 +63,7 @@ def test_imports_point_down_only(path):
     assert "syncbn" not in outside or room == "cli", "inside the package, imports are relative"
     if room in ALLOWED:
         assert rooms <= ALLOWED[room]
-    if room in ("arguments", "core", "layout"):
+    if room in ("arguments", "core", "layout", "noise"):
         assert outside <= set(sys.stdlib_module_names)
     assert "cli" not in rooms or room in ("cli", "__main__")
 

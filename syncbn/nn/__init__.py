@@ -4,12 +4,14 @@ from .convert import convert_sync_batchnorm, revert_sync_batchnorm
 from .layer import SyncBatchNorm
 from .loss import scale_loss
 from .masking import masked
+from .noisy import NoisySyncBatchNorm
 from .norm_act import SyncBatchNormAct
 from .population import recalibrate
 from .recomputation import checkpoint_contexts
 from .uneven import even
 
 __all__ = [
+    "NoisySyncBatchNorm",
     "SyncBatchNorm",
     "SyncBatchNormAct",
     "checkpoint_contexts",

@@ -22,6 +22,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..comm import GroupHandle, Labels, as_communicator
 from .fuse import epilogue_of_fused, fuse_activations, unfuse_activations
 from .layer import SyncBatchNorm
+from .noisy import NoisySyncBatchNorm, add_noise, check_levels, check_seeds, remove_noise
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -52,7 +53,14 @@ _PLAIN = (nn.SyncBatchNorm, BatchNormNd)
 _NORM_ACT = ("BatchNormAct2d", "SyncBatchNormAct")
 
 
-def convert_sync_batchnorm(module: M, process_group: Any = None, fuse: bool = False) -> M:
+def convert_sync_batchnorm(
+    module: M,
+    process_group: Any = None,
+    fuse: bool = False,
+    *,
+    noise: tuple[Any, Any] | None = None,
+    seed: int | None = None,
+) -> M:
     """Turns every BatchNorm layer of a model into a syncbn.SyncBatchNorm, in place.
 
     Layers are the same objects afterwards, with another class: hooks, custom attributes, sharing, training mode and
@@ -71,6 +79,11 @@ def convert_sync_batchnorm(module: M, process_group: Any = None, fuse: bool = Fa
         fuse: whether every nn.Sequential that has a BatchNorm layer with an activation behind it (ReLU, LeakyReLU or
             SiLU) runs the two in one pass, and timm's BatchNormAct2d, too. Its modules stay as they are, and may be
             exchanged. Where one of the two has hooks, each runs by itself.
+        noise: noise_mean and noise_var of syncbn.NoisySyncBatchNorm, (0.1, 0.1), say: every layer becomes one of those,
+            also a SyncBatchNorm already there, and one that is noisy already gets these levels and the new seed. A
+            SyncBatchNormAct of your own making is left without noise, and a warning names it. Make the optimizer
+            afterwards: the layers have new parameters. None leaves what noise there is.
+        seed: of the noise; each layer has a stream of its own out of it. None: see NoisySyncBatchNorm.
 
     Returns:
         module.
@@ -78,7 +91,7 @@ def convert_sync_batchnorm(module: M, process_group: Any = None, fuse: bool = Fa
     Raises:
         ValueError: a lazy layer that has not seen its first batch; nothing is converted then.
         TypeError: module is no Module.
-        TypeError, ValueError: process_group, as syncbn.SyncBatchNorm.
+        TypeError, ValueError: process_group, as syncbn.SyncBatchNorm; noise and seed, as syncbn.NoisySyncBatchNorm.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
@@ -91,7 +104,10 @@ def convert_sync_batchnorm(module: M, process_group: Any = None, fuse: bool = Fa
         as_communicator(process_group)
     _check_module(module)
     layers = _batch_norm_layers(module)
-    classes = {name: _synchronised(layer) for name, layer in layers.items() if not isinstance(layer, SyncBatchNorm)}
+    base = SyncBatchNorm if noise is None else NoisySyncBatchNorm
+    seeds = check_seeds(seed, len(layers), noise)
+    levels = {} if noise is None else {name: check_levels(layer.num_features, *noise) for name, layer in layers.items()}
+    classes = {name: _synchronised(layer, base) for name, layer in layers.items() if not isinstance(layer, base)}
     for layer in layers.values():
         if isinstance(layer, nn.SyncBatchNorm) and layer.process_group is not None:
             as_communicator(layer.process_group)
@@ -102,15 +118,10 @@ def convert_sync_batchnorm(module: M, process_group: Any = None, fuse: bool = Fa
     for layer in layers.values():
         if isinstance(layer, SyncBatchNorm) and process_group is not None:
             layer.process_group = process_group
+    _add_noise(layers, levels, seeds)
     if fuse:
         fuse_activations(module)
-    unknown = [_name(name, layers[name]) for name, synchronised in classes.items() if synchronised is None]
-    if unknown:
-        warnings.warn(
-            "left as they are, not synchronised, because their forward is their own or they are parametrized: "
-            f"{', '.join(unknown)}",
-            stacklevel=2,
-        )
+    _warn_of_left([(name, layers[name]) for name, synchronised in classes.items() if synchronised is None])
     _warn_of_hidden_layers(module)
     return module
 
@@ -133,9 +144,11 @@ def revert_sync_batchnorm(module: M) -> M:
         if not isinstance(layer, SyncBatchNorm):
             continue
         original = layer.__dict__.get("_syncbn_original")
-        if type(layer) is not (SyncBatchNorm if original is None else _synchronised_class(original.layer_class)):
+        if type(layer) is not _class_of(layer, original):
             unknown.append(_name(name, layer))
             continue
+        if isinstance(layer, NoisySyncBatchNorm):
+            remove_noise(layer)
         layer.__dict__.pop("_syncbn_original", None)
         layer.__dict__.pop("_syncbn_mask", None)
         del layer._syncbn_group
@@ -168,6 +181,31 @@ def _batch_norm_layers(module: nn.Module) -> dict[str, _BatchNorm]:
     return layers
 
 
+def _add_noise(layers: dict[str, _BatchNorm], levels: dict[str, dict[str, Tensor]], seeds: list[int | None]) -> None:
+    """Gives the noisy ones of a model's layers their levels and seeds."""
+    for (name, level), seed in zip(levels.items(), seeds, strict=True):
+        layer = layers[name]
+        if isinstance(layer, NoisySyncBatchNorm):
+            like = next((v for v in (layer.weight, layer.running_mean) if v is not None), torch.empty(0))
+            add_noise(layer, level, seed, like.device, like.dtype)
+
+
+def _warn_of_left(layers: list[tuple[str, _BatchNorm]]) -> None:
+    unknown = [_name(name, layer) for name, layer in layers if not isinstance(layer, SyncBatchNorm)]
+    silent = [_name(name, layer) for name, layer in layers if isinstance(layer, SyncBatchNorm)]
+    if unknown:
+        warnings.warn(
+            "left as they are, not synchronised, because their forward is their own or they are parametrized: "
+            f"{', '.join(unknown)}",
+            stacklevel=3,
+        )
+    if silent:
+        warnings.warn(
+            f"left as they are, without noise, because no NoisySyncBatchNorm does what they do: {', '.join(silent)}",
+            stacklevel=3,
+        )
+
+
 def _warn_of_hidden_layers(module: nn.Module) -> None:
     hidden = [_name(name, part) for name, part in module.named_modules() if _hides_batch_norm(part)]
     if hidden:
@@ -191,6 +229,9 @@ def _hides_batch_norm(module: nn.Module) -> bool:
 
 def _become(layer: Any, synchronised: type[SyncBatchNorm], name: str) -> None:
     """Makes a layer one of that class, known by that name."""
+    if isinstance(layer, SyncBatchNorm):  # without noise so far
+        layer.__class__ = synchronised
+        return
     # The attribute of torch.nn.SyncBatchNorm, or of the user's, that has the name of our property.
     group = GroupHandle(layer.__dict__.pop("process_group")) if "process_group" in layer.__dict__ else None
     own = group.group if group is not None and isinstance(layer, nn.SyncBatchNorm) else None
@@ -201,22 +242,33 @@ def _become(layer: Any, synchronised: type[SyncBatchNorm], name: str) -> None:
         layer._syncbn_group.labels = Labels.of(name)
 
 
-def _synchronised(layer: _BatchNorm) -> type[SyncBatchNorm] | None:
+def _synchronised(layer: _BatchNorm, base: type[SyncBatchNorm]) -> type[SyncBatchNorm] | None:
     """Returns the class that a layer gets, or None where it would not keep its behaviour."""
-    original: Any = type(layer)
+    if isinstance(layer, SyncBatchNorm):
+        original = layer.__dict__.get("_syncbn_original")
+        return _class_of(layer, original, base) if type(layer) is _class_of(layer, original) else None
     if "forward" in layer.__dict__ or is_parametrized(layer):
         return None
-    return _synchronised_class(original)
+    return _synchronised_class(type(layer), base)
 
 
-def _synchronised_class(original: Any) -> type[SyncBatchNorm] | None:
+def _class_of(
+    layer: SyncBatchNorm, original: _Original | None, base: type[SyncBatchNorm] | None = None
+) -> type[SyncBatchNorm] | None:
+    """Returns the class that a SyncBatchNorm has which was converted, or built as one; with another base."""
+    base = base or (NoisySyncBatchNorm if isinstance(layer, NoisySyncBatchNorm) else SyncBatchNorm)
+    return base if original is None else _synchronised_class(original.layer_class, base)
+
+
+def _synchronised_class(original: Any, base: Any) -> type[SyncBatchNorm] | None:
     if original in _PLAIN:
-        return SyncBatchNorm
-    definer = next(base for base in original.__mro__ if "forward" in base.__dict__)
+        plain: type[SyncBatchNorm] = base
+        return plain
+    definer = next(parent for parent in original.__mro__ if "forward" in parent.__dict__)
     if definer.__name__ in _NORM_ACT and definer.__module__.partition(".")[0] == "timm":
-        return _subclass(original, _norm_act_forward)
+        return _subclass(original, _norm_act_forward, base)
     if definer is _BatchNorm:
-        return _subclass(original, SyncBatchNorm.forward)
+        return _subclass(original, SyncBatchNorm.forward, base)
     return None
 
 
@@ -229,26 +281,26 @@ def _norm_act_forward(self: Any, x: Tensor) -> Tensor:
 
 
 @functools.cache
-def _subclass(original: Any, forward: Callable[..., Tensor]) -> type[SyncBatchNorm]:
-    """Makes a class that is a SyncBatchNorm in its arithmetic and `original` in all else."""
+def _subclass(original: Any, forward: Callable[..., Tensor], base: Any) -> type[SyncBatchNorm]:
+    """Makes a class that is a SyncBatchNorm, with noise or without, in its arithmetic and `original` in all else."""
 
     def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
         # The class has no name to be found by: pickles and copies make it anew from the original.
-        return _new_layer, (original,), *original.__reduce_ex__(self, protocol)[2:]
+        return _new_layer, (original, base), *original.__reduce_ex__(self, protocol)[2:]
 
     # DistributedDataParallel refuses subclasses of torch.nn.SyncBatchNorm on CPUs.
-    bases = (SyncBatchNorm,) if issubclass(original, nn.SyncBatchNorm) else (SyncBatchNorm, original)
+    bases = (base,) if issubclass(original, nn.SyncBatchNorm) else (base, original)
     is_torchs = original in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     module = SyncBatchNorm.__module__ if is_torchs else original.__module__
     members: dict[str, Any] = {"forward": forward, "__reduce_ex__": reduce, "__module__": module}
     if not issubclass(original, nn.SyncBatchNorm):
         members |= {"_check_input_dim": original._check_input_dim, "_checks_input_dim": True}
     name = "SyncBatchNorm" if is_torchs else f"Sync{original.__name__.removeprefix('Sync')}"
-    return type(name, bases, members)
+    return type(name if base is SyncBatchNorm else f"Noisy{name}", bases, members)
 
 
-def _new_layer(original: type[_BatchNorm]) -> SyncBatchNorm:
-    layer_class = _synchronised_class(original)
+def _new_layer(original: type[_BatchNorm], base: type[SyncBatchNorm] = SyncBatchNorm) -> SyncBatchNorm:
+    layer_class = _synchronised_class(original, base)
     assert layer_class is not None  # it was made from this original before
     return layer_class.__new__(layer_class)
 

@@ -193,8 +193,10 @@ class SyncBatchNorm(_BatchNorm):
         """Nothing: forward's own checks cover every number of axes."""
 
     @classmethod
-    def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None, fuse: bool = False) -> nn.Module:
+    def convert_sync_batchnorm(
+        cls, module: nn.Module, process_group: Any = None, fuse: bool = False, **noise: Any
+    ) -> nn.Module:
         """syncbn.convert_sync_batchnorm, where torch.nn.SyncBatchNorm has it."""
         from .convert import convert_sync_batchnorm
 
-        return convert_sync_batchnorm(module, process_group, fuse)
+        return convert_sync_batchnorm(module, process_group, fuse, **noise)

@@ -371,7 +371,7 @@ def _all_reduce(v: Tensor, after: Tensor | None, group: str) -> Tensor:
     return total
 
 
-def _below_autograd(implementation: Callable[..., Any]) -> Callable[..., Any]:
+def below_autograd(implementation: Callable[..., Any]) -> Callable[..., Any]:
     """Runs an implementation where autograd does not look at what it calls, and leaves no hooks on its arguments."""
 
     @functools.wraps(implementation)
@@ -392,6 +392,6 @@ _IMPLEMENTATIONS: dict[str, tuple[Any, Any]] = {
 for _name, _composite in {"norm": _norm, "norm_backward": _norm_backward, "sum_over_ranks": _sum_over_ranks}.items():
     library.impl(_name, _composite, "CompositeImplicitAutograd")
 for _name, (_implementation, _fake) in _IMPLEMENTATIONS.items():
-    library.impl(_name, _below_autograd(_implementation), "CompositeExplicitAutograd")
+    library.impl(_name, below_autograd(_implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"syncbn::{_name}", _fake, lib=library)
 direct.install()
