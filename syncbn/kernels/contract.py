@@ -46,9 +46,3 @@ def is_refused(count: float) -> bool:
     (see core.py). A count of 0, of ranks that are all empty, is fine: there is nothing to normalise.
     """
     return not (count == 0 or (count > 1 and count.is_integer()))
-
-
-def refuse_mask(mask: Any) -> None:
-    """Raises NotImplementedError unless mask is None: no implementation takes a mask yet."""
-    if mask is not None:
-        raise NotImplementedError("expected mask to be None; got a mask: no kernels take masked batches yet")

@@ -6,7 +6,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from support.implementations import WITHOUT_MASKS, combined, filled, normalised
+from support.implementations import combined, filled, normalised
 from support.steps import rounded
 from support.tolerances import ELEMENT, SUM
 
@@ -125,22 +125,6 @@ def test_batches_are_counted_in_a_counter_of_any_dtype(implementation, dtype):
     moments, counters = implementation.arrays(np.array([3.0, 9.0, 8.0]), np.array([-1, 7], dtype))
     combined(implementation, moments, running=Running(None, None, counters[:1].reshape(()), 0.1))
     assert counters.tolist() == [0, 7]
-
-
-def test_no_kernel_takes_a_mask_yet(implementation):
-    """Instead of leaving it out of the sums in silence."""
-    if implementation.kernels not in WITHOUT_MASKS:
-        return
-    x, statistics, mask = implementation.arrays(np.ones((2, 3, 4)), np.ones(7), np.ones((2, 1, 4), bool))
-    for call in (
-        lambda: implementation.stats(x, None, mask),
-        lambda: implementation.normalise(x, statistics, None, Running(), 0.1, None, None, x, mask=mask),
-        lambda: implementation.backward_reduce(x, x, statistics, None, None, mask=mask),
-        lambda: implementation.backward_elemt(x, x, statistics, None, None, statistics[:6], x, mask=mask),
-    ):
-        with pytest.raises(NotImplementedError, match="expected mask to be None"):
-            call()
-    assert np.asarray(x).tolist() == np.ones((2, 3, 4)).tolist()
 
 
 def test_sums_of_infinities_are_infinite(implementation):

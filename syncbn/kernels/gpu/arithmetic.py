@@ -5,7 +5,7 @@ program has COLS channels, and a tile ROWS of the n rows; otherwise it has one c
 ROWS samples. `width`, c with LAST and else s, is UNIT times an argument, so that the compiler knows how far rows are
 aligned, and loads as many elements at once.
 
-Vectors per channel have shape [1, COLS] with LAST, [1, 1] otherwise.
+Vectors per channel have shape [1, COLS] with LAST, [1, 1] otherwise. `mask`, if that is not None, is dense, (n, s).
 """
 
 import triton
@@ -65,6 +65,55 @@ def tile_at(row, col, block, n, c, width, LAST: tl.constexpr, ROWS: tl.constexpr
 
 
 @triton.jit
+def masked_at(mask, row, col, n, width, LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Returns a tile's mask, [ROWS, 1] with LAST, [ROWS, COLS] otherwise, int32: -1 for valid positions, else 0."""
+    if LAST:
+        start, place = row, tl.arange(0, ROWS)[:, None]
+        inside = place < tl.minimum(n - row, ROWS).to(tl.int32)
+    else:
+        start, place, inside = tile_at(row, col, 0, n, 1, width, LAST, ROWS, COLS)
+    found = tl.load(mask.to(tl.pointer_type(tl.uint8)) + start + place, inside, other=0)
+    return (0 - found.to(tl.int32)) >> 31
+
+
+@triton.jit
+def marked(v, positions, mask, LAST: tl.constexpr):
+    """Sets what was loaded of positions that are not valid to 0.
+
+    Bit by bit: of a select, compilers make two, of v and of its square, in float64.
+    """
+    if mask is not None and not LAST:
+        size: tl.constexpr = v.dtype.primitive_bitwidth
+        bits: tl.constexpr = tl.int64 if size == 64 else (tl.int32 if size == 32 else tl.int16)
+        v = (v.to(bits, bitcast=True) & positions.to(bits)).to(v.dtype, bitcast=True)
+    return v
+
+
+@triton.jit
+def only(v, valid, mask):
+    """Sets elements that are not valid to 0, whatever they are."""
+    if mask is not None:
+        v = tl.where(valid, v, 0.0)
+    return v
+
+
+@triton.jit
+def masked(inside, mask, row, col, n, width, LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Returns which elements of a tile are valid, of those inside, which to load, and the tile of the mask.
+
+    With LAST the invalid rows are not loaded. Otherwise invalid elements are, so that vectors stay whole.
+    """
+    valid, loaded, positions = inside, inside, inside
+    if mask is not None:
+        positions = masked_at(mask, row, col, n, width, LAST, ROWS, COLS)
+        valid = positions != 0
+        if LAST:
+            valid = inside & valid
+            loaded = valid
+    return valid, loaded, positions
+
+
+@triton.jit
 def is_last(counter, parts):
     """Whether this program is the last of `parts` to come here; it then sees what the others have stored.
 
@@ -110,6 +159,16 @@ def over_parts(sum1, sum2, partial, counter, parts, c, channels, inside, ADD: tl
                 added2 += tl.load(place + c, stored, other=0.0, cache_modifier=".cg")
             sum1, sum2 = tl.sum(added1, 0, keep_dims=True), tl.sum(added2, 0, keep_dims=True)
     return sum1, sum2, last
+
+
+@triton.jit
+def sum_of_parts(stored, parts, ADD: tl.constexpr):
+    """Sums a number over the programs of a block, in the last of them: stored has one for each part."""
+    added = tl.zeros([ADD], tl.float64)
+    for first in range(0, parts, ADD):
+        part = first + tl.arange(0, ADD)
+        added += tl.load(stored + part, part < parts, other=0.0, cache_modifier=".cg")  # see over_parts
+    return tl.sum(added)
 
 
 @triton.jit

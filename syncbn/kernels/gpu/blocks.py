@@ -56,17 +56,20 @@ class Blocks(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def blocks_of(n: int, c: int, s: int, itemsize: int, device: Device, kind: str) -> Blocks:
+def blocks_of(n: int, c: int, s: int, itemsize: int, device: Device, kind: str, is_masked: bool = False) -> Blocks:
     """Returns how a batch of (n, c, s) is cut.
 
     Args:
         itemsize: of the batch's dtype, in bytes.
         device: what decides about the size of programs.
         kind: "sum" or "map", of kernels that sum or that write a batch.
+        is_masked: whether there is a mask.
     """
     last = s == 1
     width = c if last else s
     per_thread = min(_PER_THREAD[kind], 64 // itemsize)  # of float64 more do not fit the registers
+    if is_masked and width % 2:
+        per_thread = min(per_thread, 8)  # nor of elements with an address each, and that of a mask
     most = _THREADS * per_thread
     cols = min(_power_above(c), _MAX_COLS) if last else _columns(s, most)
     rows = max(1, min(most // cols, _power_above(n)))

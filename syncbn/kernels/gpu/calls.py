@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...layout import Layout, layout_of
-from ..contract import Running, is_refused, refuse_mask
+from ..contract import Running, is_refused
 from ..epilogue import ACTIVATIONS, PLAIN, Epilogue, weight_floor
 from . import elementwise, sums
 from .blocks import Blocks, Device, blocks_of
@@ -27,11 +27,10 @@ _INTERPRETED = Device(programs=3, warp_threads=32)
 
 def stats(x: Tensor, center: Tensor | None, mask: Tensor | None = None) -> Tensor:
     """Sums, sums of squares and the count of one rank's x. See the package's contract."""
-    refuse_mask(mask)
     layout = layout_of(x)
-    x, c, blocks = _dense(x, layout), x.shape[1], _blocks(x, layout, "sum")
+    x, c, blocks = _dense(x, layout), x.shape[1], _blocks(x, layout, "sum", mask)
     moments = torch.empty(2 * c + 1, dtype=torch.float64, device=x.device)
-    arrays = x, center, moments, *_scratch(x, blocks)
+    arrays = x, _positions(mask), center, moments, *_scratch(x, blocks)
     constants = *blocks.shape, blocks.added, _is_error_free(x)
     _STATS.launch(x.device, blocks, arrays, blocks.geometry, constants)
     return moments
@@ -51,21 +50,20 @@ def normalise(
     mask: Tensor | None = None,
 ) -> float | None:
     """Statistics from the moments of all ranks; y = activation((x - mean) * (invstd * weight) + bias + residual)."""
-    refuse_mask(mask)
     count = float(moments[-1]) if moments.is_cpu else None
     if count is not None and is_refused(count):
         return count
     layout = layout_of(y)
-    x, residual, blocks = _dense(x, layout), _dense(residual, layout), _blocks(x, layout, "map")
+    x, residual, blocks = _dense(x, layout), _dense(residual, layout), _blocks(x, layout, "map", mask)
     buffers = [None if v is None else v.contiguous() for v in (running.mean, running.var)]
     momentum, on_device = (0.0, running.momentum) if isinstance(running.momentum, Tensor) else (running.momentum, None)
     weight, bias = _vector(weight), _vector(bias)
-    arrays = x, y, residual, moments, center, weight, bias, *buffers, running.num_batches_tracked, on_device
+    arrays = x, y, residual, _positions(mask), moments, center, weight, bias, *buffers
+    arrays = *arrays, running.num_batches_tracked, on_device, _scratch(x, blocks)[1]
     activation, slope, _ = _epilogue(epilogue)
     numbers = *blocks.geometry, eps, momentum, slope, weight_floor(x.dtype)
     constants = activation, epilogue.in_place, *blocks.shape
-    counter = _scratch(x, blocks)[1]
-    _NORMALISE.launch(x.device, blocks, (*arrays, counter), numbers, constants)
+    _NORMALISE.launch(x.device, blocks, arrays, numbers, constants)
     for buffer, written in zip((running.mean, running.var), buffers, strict=True):
         if buffer is not written and buffer is not None:
             buffer.copy_(written)  # of a buffer with gaps
@@ -86,12 +84,11 @@ def backward_reduce(
     mask: Tensor | None = None,
 ) -> Tensor:
     """Sums of g and of g * (x - mean) of one rank. See the package's contract."""
-    refuse_mask(mask)
     layout = layout_of(x if g is None else g)
-    x, dy, gate, c, blocks = *(_dense(v, layout) for v in (x, dy, gate)), x.shape[1], _blocks(x, layout, "sum")
+    x, dy, gate, c, blocks = *(_dense(v, layout) for v in (x, dy, gate)), x.shape[1], _blocks(x, layout, "sum", mask)
     found = torch.empty(2 * c, dtype=torch.float64, device=x.device)
     vectors = _vector(weight), _vector(bias), grad_weight, grad_bias
-    arrays = dy, x, gate, g, statistics, *vectors, found, *_scratch(x, blocks)
+    arrays = dy, x, gate, g, _positions(mask), statistics, *vectors, found, *_scratch(x, blocks)
     activation, slope, steep = _epilogue(epilogue)
     numbers = *blocks.geometry, slope, steep, weight_floor(x.dtype)
     constants = activation, epilogue.in_place, *blocks.shape, blocks.added, _is_error_free(x)
@@ -111,10 +108,9 @@ def backward_elemt(
     mask: Tensor | None = None,
 ) -> None:
     """The gradient: dx = weight * invstd * (g - sum_g / N - (x - mean) * invstd^2 * sum_g_xmu / N)."""
-    refuse_mask(mask)
     layout = layout_of(dx)
-    x, dy, blocks = _dense(x, layout), _dense(dy, layout), _blocks(x, layout, "map")
-    arrays = dy, x, dx, statistics, _vector(weight), _vector(bias), sums
+    x, dy, blocks = _dense(x, layout), _dense(dy, layout), _blocks(x, layout, "map", mask)
+    arrays = dy, x, dx, _positions(mask), statistics, _vector(weight), _vector(bias), sums
     activation, slope, steep = _epilogue(epilogue)
     numbers = *blocks.geometry, slope, steep, weight_floor(x.dtype)
     constants = activation, epilogue.in_place, *blocks.shape
@@ -131,17 +127,22 @@ def _dense(v: Any, layout: Layout) -> Any:
     return v.new_empty_strided(layout.shape, layout.strides).copy_(v)
 
 
+def _positions(mask: Tensor | None) -> Tensor | None:
+    """Returns a mask as the kernels read it in every layout: dense, (n, s), a byte each."""
+    return None if mask is None else mask.contiguous()
+
+
 def _vector(v: Tensor | None) -> Tensor | None:
     return v if v is None or (v.is_contiguous() and not v.is_neg()) else v.resolve_neg().contiguous()
 
 
-def _blocks(x: Tensor, layout: Layout, kind: str) -> Blocks:
-    return blocks_of(*layout.flat_shape, x.itemsize, _device(x.device), kind)
+def _blocks(x: Tensor, layout: Layout, kind: str, mask: Tensor | None = None) -> Blocks:
+    return blocks_of(*layout.flat_shape, x.itemsize, _device(x.device), kind, mask is not None)
 
 
 def _scratch(x: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
     programs, parts = blocks.grid
-    scratch = scratch_of(x.device, parts * 2 * x.shape[1], programs)
+    scratch = scratch_of(x.device, parts * (2 * x.shape[1] + 1), programs)
     return scratch.partial, scratch.counter
 
 

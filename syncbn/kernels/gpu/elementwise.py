@@ -14,8 +14,10 @@ from .arithmetic import (
     differentiate,
     first_tile,
     is_last,
+    masked,
     narrow,
     next_tile,
+    only,
     tile_at,
 )
 
@@ -29,7 +31,7 @@ def approach(buffer, target, factor, inside):
 
 @triton.jit
 def normalise_kernel(
-    x, y, residual, moments, center, weight, bias, running_mean, running_var, batches, momentum_tensor, counter,
+    x, y, residual, mask, moments, center, weight, bias, running_mean, running_var, batches, momentum_tensor, counter,
     n: tl.int64, c: tl.int32, units: tl.int64, tiles: tl.int64, tiles_in_row: tl.int64, tiles_in_part: tl.int64,
     parts: tl.int32, eps: tl.float64, momentum: tl.float64, slope: tl.float64, floor: tl.float64,
     ACT: tl.constexpr, IN_PLACE: tl.constexpr,
@@ -76,25 +78,27 @@ def normalise_kernel(
     first = (parts - 1 - tl.cast(part, tl.int64)) * tiles_in_part
     row, col = first_tile(first, block, tiles_in_row, LAST, ROWS, COLS)
     for _ in range(first, tl.minimum(first + tiles_in_part, tiles)):
-        start, place, valid = tile_at(row, col, block, n, c, width, LAST, ROWS, COLS)
+        start, place, there = tile_at(row, col, block, n, c, width, LAST, ROWS, COLS)
+        valid, loaded, _ = masked(there, mask, row, col, n, width, LAST, ROWS, COLS)
         row, col = next_tile(row, col, width, LAST, ROWS, COLS)
-        z = (tl.load(x + start + place, valid, other=0.0).to(ACC) - m) * scale
+        z = (tl.load(x + start + place, loaded, other=0.0).to(ACC) - m) * scale
         if bias is not None:
             z += shift
         if residual is not None:
-            z += tl.load(residual + start + place, valid, other=0.0).to(ACC)
-        tl.store(y + start + place, narrow(activate(z, slope, ACT), y.dtype.element_ty), valid)
+            z += tl.load(residual + start + place, loaded, other=0.0).to(ACC)
+        tl.store(y + start + place, narrow(only(activate(z, slope, ACT), valid, mask), y.dtype.element_ty), there)
 
 
 @triton.jit
 def backward_elemt_kernel(
-    dy, x, dx, statistics, weight, bias, sums,
+    dy, x, dx, mask, statistics, weight, bias, sums,
     n: tl.int64, c: tl.int32, units: tl.int64, tiles: tl.int64, tiles_in_row: tl.int64, tiles_in_part: tl.int64,
     parts: tl.int32, slope: tl.float64, steep: tl.float64, floor: tl.float64,
     ACT: tl.constexpr, IN_PLACE: tl.constexpr,
     UNIT: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """The gradient: dx = weight * invstd * (g - sum_g / N - (x - mean) * invstd^2 * sum_g_xmu / N)."""
+    DX: tl.constexpr = dx.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     block, part = tl.program_id(0), tl.program_id(1)
     width = tl.cast(units, tl.int64) * UNIT
@@ -111,9 +115,10 @@ def backward_elemt_kernel(
     first = (parts - 1 - tl.cast(part, tl.int64)) * tiles_in_part
     row, col = first_tile(first, block, tiles_in_row, LAST, ROWS, COLS)
     for _ in range(first, tl.minimum(first + tiles_in_part, tiles)):
-        start, place, valid = tile_at(row, col, block, n, c, width, LAST, ROWS, COLS)
+        start, place, there = tile_at(row, col, block, n, c, width, LAST, ROWS, COLS)
+        valid, loaded, _ = masked(there, mask, row, col, n, width, LAST, ROWS, COLS)
         row, col = next_tile(row, col, width, LAST, ROWS, COLS)
-        v = tl.load(x + start + place, valid, other=0.0).to(ACC)
-        g = tl.load(dy + start + place, valid, other=0.0).to(ACC)
+        v = tl.load(x + start + place, loaded, other=0.0).to(ACC)
+        g = tl.load(dy + start + place, loaded, other=0.0).to(ACC)
         g, xmu = differentiate(g, v, None, m, scale, shift, slope, steep, ACT, IN_PLACE)
-        tl.store(dx + start + place, narrow((g - xmu * tilt - mean_g) * scale, dx.dtype.element_ty), valid)
+        tl.store(dx + start + place, narrow(only((g - xmu * tilt - mean_g) * scale, valid, mask), DX), there)

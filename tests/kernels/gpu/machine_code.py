@@ -3,7 +3,7 @@
     python tests/kernels/gpu/machine_code.py --write          all variants on all targets, into machine_code.jsonl
     python tests/kernels/gpu/machine_code.py sm_90 bfloat16   a target's, of a dtype, to standard output
 
-A line is a kernel for one dtype, shape and epilogue on one target:
+A line is a kernel for one dtype, shape, and epilogue or mask, on one target:
 
     registers, shared_bytes   of a thread, and of a program
     spilled                   whether registers are kept in memory
@@ -51,6 +51,8 @@ EPILOGUES = {
     "leaky_relu in place": Epilogue("leaky_relu", 0.1, True),
     "residual, relu": Epilogue("relu"),
     "residual, silu": Epilogue("silu"),
+    "mask": Epilogue(),
+    "residual, relu, mask": Epilogue("relu"),
 }
 # What differs from one target to the other was looked at in bfloat16 alone.
 DTYPES = {"bfloat16": tuple(TARGETS), "float16": ("sm_90",), "float32": ("sm_90", "gfx942"), "float64": ("sm_90",)}
@@ -81,9 +83,11 @@ def variants(target: str, dtype: str):
         for kernel in KERNELS:
             for epilogue in EPILOGUES:
                 residual = epilogue.startswith("residual")
-                if (kernel == "stats" and epilogue != "none") or (kernel == "backward_elemt" and residual):
+                if (kernel == "stats" and epilogue not in ("none", "mask")) or (
+                    kernel == "backward_elemt" and residual
+                ):
                     continue
-                if dtype != "bfloat16" and epilogue not in ("none", "residual, relu"):
+                if dtype != "bfloat16" and epilogue not in ("none", "residual, relu", "mask"):
                     continue
                 yield kernel, shape, epilogue
 
@@ -94,7 +98,7 @@ def compiled(target: str, dtype: str, kernel: str, shape: str, epilogue: str):
     names, short = function.arg_names, SHORT[dtype]
     slow_float64 = target in SLOW_FLOAT64 and dtype != "float64"
     device = Device(programs=2 * 132, warp_threads=TARGETS[target].warp_size, slow_float64=slow_float64)
-    blocks = blocks_of(*SHAPES[shape], getattr(torch, dtype).itemsize, device, kind)
+    blocks = blocks_of(*SHAPES[shape], getattr(torch, dtype).itemsize, device, kind, epilogue.endswith("mask"))
     activation, _, in_place = EPILOGUES[epilogue]
     constants = dict(zip(("UNIT", "LAST", "ROWS", "COLS"), blocks.shape, strict=True))
     constants |= {
@@ -105,11 +109,12 @@ def compiled(target: str, dtype: str, kernel: str, shape: str, epilogue: str):
     }
     absent = ["momentum_tensor", *(["center"] if dtype != "float64" else [])]
     absent += ["residual", "gate", "g_out"] if not epilogue.startswith("residual") else []
+    absent += ["mask"] if not epilogue.endswith("mask") else []
     constants = {n: v for n, v in (constants | dict.fromkeys(absent)).items() if n in names}
     batch = dict.fromkeys(("x", "y", "dy", "dx", "residual", "gate", "g_out"), "*" + short)
     wide = dict.fromkeys(("center", "moments", "partial", "statistics", "sums", "momentum_tensor"), "*fp64")
     vectors = ("weight", "bias", "running_mean", "running_var", "grad_weight", "grad_bias")
-    types = batch | wide | dict.fromkeys(vectors, "*fp32") | {"counter": "*i32", "batches": "*i64"}
+    types = batch | wide | dict.fromkeys(vectors, "*fp32") | {"counter": "*i32", "batches": "*i64", "mask": "*i1"}
     types |= {p.name: p.annotation_type for p in function.params if p.annotation_type}
     signature = {n: "constexpr" if n in constants else types[n] for n in names}
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, t in signature.items() if t.startswith("*")}

@@ -138,7 +138,7 @@ def test_offsets_beyond_32_bits(kernels, shape, monkeypatch):
     monkeypatch.setattr(builder, "set_grid_idx", lambda a, b, d: index(grid - 1, parts - 1, d))
     partial, counter = torch.zeros(parts, 2, c, dtype=torch.float64), torch.zeros(c, dtype=torch.int32)
     constants = *blocks.shape, blocks.added, kernels.error_free
-    arrays = x, None, torch.zeros(2 * c + 1, dtype=torch.float64), partial.view(-1), counter
+    arrays = x, None, None, torch.zeros(2 * c + 1, dtype=torch.float64), partial.view(-1), counter
     calls._STATS.launch(
         x.device, blocks._replace(grid=(1, 1)), arrays, (*geometry, tiles, in_row, 50, parts), constants
     )
