@@ -21,6 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
 from support.ranks import run_ranks
+from syncbn import core, kernels
+from syncbn.comm import as_communicator
 
 C = 6
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -316,6 +318,53 @@ def a_captured_step_replays_the_same_bits(ranks: Ranks) -> None:
         syncbn.synchronize_errors()
 
 
+def masked_steps_are_of_the_valid_positions(ranks: Ranks) -> None:
+    """As nn.BatchNorm of the valid positions of all ranks; without a wait; and in a graph to the same bits."""
+    for dtype, channels_last in ((torch.float32, True), (torch.float32, False), (torch.bfloat16, True)):
+        x, dy = (v.detach() for v in batch(ranks, dtype, channels_last))
+        generator = torch.Generator().manual_seed(ranks.rank)
+        mask = (torch.rand(len(x), 1, 5, 7, generator=generator) < 0.6).to(ranks.device)
+        valid = ranks.gather(mask)[:, 0].bool()
+        whole, whole_dy = (ranks.gather(v).movedim(1, -1)[valid].requires_grad_() for v in (x, dy))
+        exact_y = nn.BatchNorm1d(C).double()(whole)
+        (exact_dx,) = torch.autograd.grad(exact_y, whole, whole_dy)
+        x, dy = (v.masked_fill(~mask, torch.nan) for v in (x, dy))
+        found = _masked_step(ranks, x, dy, mask)
+        for got, exact in zip(found, (exact_y, exact_dx), strict=True):
+            bound = (torch.finfo(dtype).eps / 2 + 8 * 2.0**-23) * exact.abs().max()
+            everywhere = ranks.gather(got).movedim(1, -1)
+            assert (everywhere[valid] - exact).abs().max() <= bound, dtype
+            assert (everywhere[~valid] == 0).all()
+        unmasked = nn.BatchNorm2d(C).double()(ranks.gather(x).nan_to_num()).movedim(1, -1)  # the negative control
+        assert (unmasked[valid] - exact_y).abs().max() > 0.01
+        if not x.is_cpu:
+            _assert_that_graphs_give(found, ranks, x, dy, mask)
+
+
+def _masked_step(ranks: Ranks, x: Tensor, dy: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns y and dx, by the functions beneath the layers."""
+    implementation, comm = kernels.select(x), as_communicator(ranks.group)
+    y, dx = torch.empty_like(x), torch.empty_like(x)
+    forward = x, y, None, None, core.NOTHING, 1e-5
+    statistics = core.forward(*forward, implementation, comm, mask=mask)
+    core.backward(dy, x, dx, None, None, None, None, statistics, implementation, comm, mask=mask)
+    return y, dx
+
+
+def _assert_that_graphs_give(expected: tuple[Tensor, ...], ranks: Ranks, x: Tensor, dy: Tensor, mask: Tensor) -> None:
+    torch.cuda.synchronize(ranks.device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _masked_step(ranks, x, dy, mask)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        captured = _masked_step(ranks, x, dy, mask)
+    graph.replay()
+    assert all(torch.equal(*pair) for pair in zip(captured, expected, strict=True))
+
+
 def takes_little_memory(ranks: Ranks) -> None:
     """Beside the result and the input's gradient what tiles take, by the kernels that take most."""
     tiles_bytes = 128 << 20
@@ -333,5 +382,6 @@ def takes_little_memory(ranks: Ranks) -> None:
 ON_GPUS: tuple[Callable[[Ranks], None], ...] = (
     never_waits_for_the_device,
     a_captured_step_replays_the_same_bits,
+    masked_steps_are_of_the_valid_positions,
     takes_little_memory,
 )

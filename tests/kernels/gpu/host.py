@@ -1,6 +1,7 @@
 """The host's side of the GPU kernels, on a CUDA driver that does nothing (driver.c), with Triton's own launcher.
 
-    python tests/kernels/gpu/host.py FOLDER          a layer's launches, forward and backward, twice, as JSON
+    python tests/kernels/gpu/host.py FOLDER          a layer's launches, forward and backward, twice, then with a mask,
+                                                     twice, as JSON
     python tests/kernels/gpu/host.py FOLDER --time   microseconds of a layer on the host, and of torch.nn.SyncBatchNorm
 
 FOLDER takes the compiled driver. Tensors are on the CPU and keep what they have: no kernel runs. Of
@@ -76,9 +77,9 @@ def take_gpu_kernels():
     torch.set_num_threads(1)
 
 
-def step_of(layer, x, dy):
+def step_of(layer, x, dy, *mask):
     def step():
-        torch.autograd.grad(layer(x), [x, layer.weight, layer.bias], dy)
+        torch.autograd.grad(layer(x, *mask), [x, layer.weight, layer.bias], dy)
 
     return step
 
@@ -147,12 +148,18 @@ def main():
     take_gpu_kernels()
     x = torch.randn(8, 64, 14, 14, dtype=torch.bfloat16).to(memory_format=torch.channels_last).requires_grad_()
     layer = syncbn.SyncBatchNorm(64, process_group=Local())
-    step = step_of(layer, x, torch.randn_like(x))
+    dy = torch.randn_like(x)
+    step = step_of(layer, x, dy)
     step()
     first = launches(stub)
     step()
     if not options.time:
-        print(json.dumps({"first": first, "second": launches(stub), "x": x.data_ptr()}))
+        found = {"first": first, "second": launches(stub), "x": x.data_ptr()}
+        masked_step = step_of(layer, x, dy, torch.ones(8, 1, 14, 14, dtype=torch.bool))
+        for name in ("masked", "masked again"):
+            masked_step()
+            found[name] = launches(stub)
+        print(json.dumps(found))
         return
     ours = best_us(step)
     theirs = best_us(step_of(torchs_layer(x), x, torch.randn_like(x)))

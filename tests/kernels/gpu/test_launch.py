@@ -38,6 +38,10 @@ def test_what_was_compiled_is_launched_as_triton_launches_it(launches):
     assert all(launch["threads"] == 256 and launch["grid"][1] > 1 for launch in launches["first"])
 
 
+def test_a_mask_adds_no_launch(launches):
+    assert launches["masked"] == launches["masked again"] == launches["first"]
+
+
 @pytest.fixture
 def launch():
     from syncbn.kernels.gpu import launch
