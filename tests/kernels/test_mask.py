@@ -19,7 +19,7 @@ CASES += [(shape, kind) for shape in SHAPES[:2] for kind in ("padding", "all", "
 
 
 @pytest.fixture(autouse=True)
-def _those_of_a_few_tiles(implementation, request):
+def _of_few_tiles(implementation, request):
     if implementation.tile < 100 and any(size in request.node.name for size in ("601", "67")):
         pytest.skip("a thousand tiles take seconds; smaller batches have many, too")
 

@@ -65,8 +65,9 @@ class Implementation(NamedTuple):
             assert gpu.presence.is_interpreted(), "set TRITON_INTERPRET=1 for the tests marked as interpreted"
             if "(1, 300, 2)" in request.node.name:
                 pytest.skip("interpreted, 300 programs take seconds each; tests/kernels/gpu has 70 channels and more")
-            if any(f"(5, 3, 7)-{kind}" in request.node.name for kind in ("padding", "all", "none")):
-                pytest.skip("interpreted, these masks with two other shapes are enough")
+            left_out = "(5, 3, 7)-all", "(3, 5, 67)-float16", "leaky_relu-(9, 2, 601)-random"
+            if any(case in request.node.name for case in left_out):
+                pytest.skip("interpreted, as much is shown by its neighbours")
             from syncbn.kernels.gpu import calls
 
             device = calls._INTERPRETED._replace(slow_float64=self.error_free)
