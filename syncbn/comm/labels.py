@@ -28,21 +28,24 @@ class Label:
         direction: "forward", "backward", or "derivatives": sums of second derivatives and of torch.func.
         call: which call of the layer in this direction, counted from 0; -1 before the first, and in derivatives. Both
             messages of float64 input have one number.
+        address: what tag returned, or 0 before.
     """
 
     layer: str
     direction: str
     call: int = -1
+    address: int = field(default=0, repr=False)
     _tag: Any = field(default=None, repr=False)
 
     def tag(self) -> int:
         """Returns the address of TAG_BYTES bytes, the text of layer and direction, for messages in shared memory."""
-        if self._tag is None:
+        if not self.address:
             text = f"{self.direction} of {self.layer}".encode()
             if len(text) >= TAG_BYTES:  # the ends of paths are what differs
                 text = b"..." + text[4 - TAG_BYTES :]
             self._tag = ctypes.create_string_buffer(text, TAG_BYTES)
-        return ctypes.addressof(self._tag)
+            self.address = ctypes.addressof(self._tag)
+        return self.address
 
     def __str__(self) -> str:
         return f"{self.direction} of {self.layer}" + (f", call {self.call}" if self.call >= 0 else "")
@@ -52,7 +55,7 @@ class Label:
 
     def __setstate__(self, state: tuple[str, str, int]) -> None:
         self.layer, self.direction, self.call = state
-        self._tag = None
+        self.address, self._tag = 0, None
 
 
 class Labels(NamedTuple):

@@ -40,8 +40,7 @@ def _load() -> Any:
         library.syncbn_shared_said.argtypes = [pointer, number, number, number, pointer]
         for name in ("lock", "unlock", "is_locked"):
             getattr(library, f"syncbn_shared_{name}").argtypes = [ctypes.c_int, number]
-        of_message, how = (pointer, number, number, pointer, number, pointer, number), (pointer, number)
-        library.syncbn_shared_sum.argtypes = of_message + how
+        library.syncbn_shared_sum.argtypes = [pointer, pointer, number]
         library.syncbn_shared_bytes.restype = library.syncbn_shared_sum.restype = number
     return library
 
@@ -56,18 +55,19 @@ def absence() -> str:
     return "" if os.access(_FOLDER, os.W_OK) else f"{_FOLDER} is not there, or not to be written to"
 
 
-class _DirectSum(ctypes.Structure):
-    """What csrc/torch_operators.cpp needs to sum by itself: its SharedSum."""
+class _Sum(ctypes.Structure):
+    """A rank's part in sums: csrc/shared_memory.h's SharedSum."""
 
     _fields_ = (
         ("sum", ctypes.c_void_p),
         ("memory", ctypes.c_void_p),
         ("rank", ctypes.c_long),
         ("world_size", ctypes.c_long),
+        ("microseconds", ctypes.c_long),
         ("tag", ctypes.c_void_p),
         ("call", ctypes.c_long),
-        ("progress", ctypes.c_void_p),
-        ("microseconds", ctypes.c_long),
+        ("done", ctypes.c_long),
+        ("is_posted", ctypes.c_long),
         ("result", ctypes.c_long),
     )
 
@@ -107,17 +107,9 @@ class SharedMemory:
         self._timeout, self._stall_seconds = timeout, stall_seconds()
         self._memory = mmap.mmap(file, 0)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        self._progress = (ctypes.c_long * 2)()
-        self._direct = _DirectSum(
-            ctypes.cast(_library.syncbn_shared_sum, ctypes.c_void_p),
-            self._address,
-            rank,
-            world_size,
-            None,
-            0,
-            ctypes.addressof(self._progress),
-            _POLL_MICROSECONDS,
-        )
+        of = ctypes.cast(_library.syncbn_shared_sum, ctypes.c_void_p)
+        self._part = _Sum(of, self._address, rank, world_size, _POLL_MICROSECONDS)
+        self._part_address = ctypes.addressof(self._part)
         self._failure: str | None = None
         self._lock = threading.Lock()
         self._file = file
@@ -149,7 +141,7 @@ class SharedMemory:
                 one that joined.
         """
         with self.direct(label, -1 if label is None else label.call):
-            self._sum(address, length, self._try(address, length, _POLL_MICROSECONDS))
+            self._sum(address, length, self._try(address, length))
 
     @contextmanager
     def direct(self, label: Label | None, call: int) -> Iterator[int]:
@@ -172,10 +164,10 @@ class SharedMemory:
                 raise self._error("a group whose ranks are all there", self._failure, "start all ranks again")
             # Cleared by _sum at its end: an interrupt may break off anywhere before.
             self._failure = "one in which this rank's last sum was broken off"
-            direct = self._direct
-            direct.tag, direct.call = None if label is None else label.tag(), call
+            part = self._part
+            part.tag, part.call = None if label is None else label.address or label.tag(), call
             try:
-                yield ctypes.addressof(self._direct)
+                yield self._part_address
                 self._failure = None
             finally:
                 if self._failure:
@@ -183,7 +175,7 @@ class SharedMemory:
 
     def go_on(self, buffer: Any) -> None:
         """Goes on with a sum that an operator has begun, of a tensor. Raises as all_reduce."""
-        self._sum(buffer.data_ptr(), buffer.numel(), self._missing(self._direct.result))
+        self._sum(buffer.data_ptr(), buffer.numel(), self._missing(self._part.result))
 
     def _sum(self, address: int, length: int, missing: int | None) -> None:
         """Waits for the ranks, `missing` first, and sums; sets _failure to None where further sums are possible."""
@@ -197,7 +189,9 @@ class SharedMemory:
                 reports_at = math.inf
                 log.warning("%s", self._stalled(waited))
             last = missing
-            missing = self._try(address, length, _POLL_MICROSECONDS if is_there and not is_late else 0)
+            self._part.microseconds = _POLL_MICROSECONDS if is_there and not is_late else 0
+            missing = self._try(address, length)
+            self._part.microseconds = _POLL_MICROSECONDS
             if missing != last:
                 continue
             if not is_there:
@@ -217,12 +211,9 @@ class SharedMemory:
                 )
         self._failure = None
 
-    def _try(self, address: int, length: int, microseconds: int) -> int | None:
+    def _try(self, address: int, length: int) -> int | None:
         """Returns None once the sum is done, or, after that time, a rank that has not come yet; then call again."""
-        missing: int = _library.syncbn_shared_sum(
-            self._address, self.rank, self.world_size, address, length, self._direct.tag, self._direct.call,
-            self._progress, microseconds,
-        )  # fmt: skip
+        missing: int = _library.syncbn_shared_sum(self._part_address, address, length)
         return self._missing(missing)
 
     def _missing(self, result: int) -> int | None:

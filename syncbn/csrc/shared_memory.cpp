@@ -16,6 +16,8 @@
 #include <cstring>
 #include <ctime>
 
+#include "shared_memory.h"
+
 namespace {
 
 using Clock = std::chrono::steady_clock;
@@ -127,16 +129,14 @@ EXPORT int syncbn_shared_said(void* memory, long rank, long world_size, long oth
 }
 
 // Replaces buffer by its sum over all ranks, added in their order. Returns -1 when that is done, or the number of a rank
-// that has not come within so many microseconds: call again with the same arguments to go on. Or -2 where ranks have
-// sent messages that do not belong together: see syncbn_shared_said.
-// tag, call: of Message; tag may be null for none. progress: two numbers, 0 before the first call, and again when a sum
-// is done; the elements summed so far, and whether the part that follows is posted.
-EXPORT long syncbn_shared_sum(void* memory, long rank, long world_size, double* buffer, long length, const char* tag,
-                              long call, long* progress, long microseconds) {
-  Rank* const ranks = static_cast<Rank*>(memory);
+// that has not come in time: call again with the same arguments to go on. Or -2 where ranks have sent messages that do not
+// belong together: see syncbn_shared_said.
+EXPORT long syncbn_shared_sum(SharedSum* shared, double* buffer, long length) {
+  const long rank = shared->rank, world_size = shared->world_size;
+  Rank* const ranks = static_cast<Rank*>(shared->memory);
   Slot* const slots = reinterpret_cast<Slot*>(ranks + world_size);
-  const auto end = Clock::now() + std::chrono::microseconds(microseconds);
-  long &done = progress[0], &is_posted = progress[1];
+  const auto end = Clock::now() + std::chrono::microseconds(shared->microseconds);
+  long &done = shared->done, &is_posted = shared->is_posted;
   do {
     double* const part = buffer + done;
     const long size = std::min(length - done, kPart);
@@ -144,8 +144,8 @@ EXPORT long syncbn_shared_sum(void* memory, long rank, long world_size, double* 
     if (!is_posted) {
       Slot& own = slots[2 * rank + n % 2];
       own.message.length = length;
-      own.message.call = call;
-      if (tag) std::memcpy(own.message.tag, tag, sizeof own.message.tag);
+      own.message.call = shared->call;
+      if (shared->tag) std::memcpy(own.message.tag, shared->tag, sizeof own.message.tag);
       else *own.message.tag = 0;
       std::memcpy(own.part, part, size * sizeof(double));
       post(ranks[rank]);

@@ -13,6 +13,7 @@
 
 #include "kernels.h"
 #include "syncbn_cpu.h"
+#include "shared_memory.h"
 
 namespace {
 
@@ -192,25 +193,13 @@ Handle again(Handle v) {
 
 // How this rank's sums get to the others: not at all (a world of one), in shared memory, or by the caller.
 constexpr std::int64_t kAlone = 0, kByCaller = -1;
-struct SharedSum {  // comm/shared_memory.py fills it in
-  long (*sum)(void* memory, long rank, long world_size, double* buffer, long length, const char* tag, long call,
-              long* progress, long microseconds);
-  void* memory;
-  long rank, world_size;
-  const char* tag;
-  long call;
-  long* progress;
-  long microseconds;
-  long result;  // what sum returned
-};
 
 // Returns whether the sums of all ranks are there.
 bool send(std::int64_t how, double* buffer, long length) {
   if (how == kAlone) return true;
   if (how == kByCaller) return false;
   auto& shared = *reinterpret_cast<SharedSum*>(how);
-  shared.result = shared.sum(shared.memory, shared.rank, shared.world_size, buffer, length, shared.tag, shared.call,
-                             shared.progress, shared.microseconds);
+  shared.result = shared.sum(&shared, buffer, length);
   return shared.result == -1;
 }
 
