@@ -109,7 +109,18 @@ def table(rows: list[Row], base: str) -> str:
             "",
             f"Learnt noise was, in absolute value, {of_mean:.2f} (mean) and {of_var:.2f} (variance) at the end.",
         ]
+    lines += ["", _diverged(rows)]
     return "\n".join(lines) + "\n"
+
+
+def _diverged(rows: list[Row]) -> str:
+    of_methods: dict[str, list[bool]] = {}
+    for row in rows:
+        of_methods.setdefault(row["method"], []).extend(not math.isfinite(v) for v in row["train_loss"])
+    if not any(map(any, of_methods.values())):
+        return "The training loss was finite to the end in every training."
+    found = [f"{name} in {sum(v)} of {len(v)} trainings" for name, v in of_methods.items() if any(v)]
+    return f"The training loss was not finite at the end: {', '.join(found)}."
 
 
 def write(rows: list[Row], base: str, file: Path) -> Path:
