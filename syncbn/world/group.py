@@ -112,9 +112,9 @@ def init_process_group(
         backend: of torch.distributed, as "gloo" or "cpu:gloo,cuda:nccl". If None: "nccl" for ranks on GPUs; else
             syncbn's "mpi4py" where MPI started the ranks and mpi4py is installed; else "gloo".
         device: "cuda" or "cpu"; if None, "cuda" where torch sees a GPU.
-        timeout: a datetime.timedelta, within which all ranks must join, and each operation must then complete. The
-            layers' messages over MPI have no timeout, for they bypass torch.distributed. If None, 5 minutes to join,
-            and the backend's default for operations.
+        timeout: a datetime.timedelta, within which all ranks must join, and each operation must then complete. Layers'
+            sums over MPI end all ranks then, for they cannot be broken off. If None, 5 minutes to join, and the
+            backend's default for operations.
 
     Collective:
         every rank must call. If ranks are missing or their settings differ, all raise.
