@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -146,11 +147,17 @@ class _Sums:
         given = next(masks, None)
         if given is None and isinstance(layer, SyncBatchNorm) and layer._syncbn_mask is not None:
             given = layer._syncbn_mask.of(x)
-        x, kernels, mask = x.detach(), select(x), full_mask(given, x)
+        try:
+            mask = full_mask(given, x)
+        except (TypeError, ValueError):
+            return  # the layer refuses it
+        x, kernels = x.detach(), select(x)
         if self.center is None:
             first = kernels.stats(x, None, mask)
             self.comm.all_reduce(first)
             count = first[-1].item()
+            if math.isnan(count):  # what a layer that refuses its input on another rank sends
+                core.check_count(count, self.comm)
             if not count:
                 return
             self.center = first[: layer.num_features] / count

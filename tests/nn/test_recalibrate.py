@@ -305,3 +305,17 @@ def test_it_works_without_tqdm_and_says_nothing_off_a_terminal(monkeypatch, caps
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     syncbn.recalibrate(nn.BatchNorm2d(2).double(), batches(0, [3]), process_group=LocalCommunicator())
     assert capsys.readouterr() == ("", "")
+
+
+def _refused_on_rank_1(rank, group):
+    model = syncbn.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(3)), group)
+    x = torch.randn(4, 3, 5)
+    with syncbn.masked(model, torch.ones((4, 5) if rank == 0 else (2, 5), dtype=torch.bool)):
+        syncbn.recalibrate(model, [x], process_group=group, progress=False)
+
+
+def test_a_mask_that_does_not_fit_on_one_rank_is_an_error_on_all():
+    first, second = rank_errors(_refused_on_rank_1, 2, "thread")
+    assert "another rank refused its input" in str(first)
+    assert type(second) is ValueError
+    assert "mask" in str(second)
