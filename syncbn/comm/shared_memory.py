@@ -232,7 +232,8 @@ class SharedMemory:
         return self._error(
             "the same message of the same layer from every rank",
             "; ".join(f"{what} from {_named(of)}" for what, of in ranks.items()),
-            "see that every rank runs the same layers, with as many channels, in the same order, forward and backward",
+            "see that every rank runs the same layers, with as many channels, in the same order, forward and backward, "
+            "and has converted the same model, for layers are known by their paths in it",
         )
 
     def _said(self, rank: int) -> tuple[bool, _Message]:
