@@ -50,9 +50,8 @@ def watch(waiting: Waiting) -> None:
 
 def _look() -> None:
     """Watches until the process ends."""
-    since: dict[
-        Any, tuple[int, float, bool]
-    ] = {}  # the sum that was under way, when that was seen, whether it is logged
+    # Of each, the sum that was under way, when that was first seen, and whether it is logged.
+    since: dict[Any, tuple[int, float, bool]] = {}
     reports_at = stall_seconds()
     while True:
         time.sleep(min(1.0, reports_at / 4))

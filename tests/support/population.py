@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 import syncbn
+from support.training import drawn
 from syncbn.comm import LocalCommunicator, as_communicator
 
 # Batches by step, of each rank; fewer steps on some ranks, and empty batches.
@@ -25,14 +26,7 @@ def network():
         nn.Conv2d(4, 3, 2),
         nn.BatchNorm2d(3),
     ]
-    model, generator = (
-        nn.Sequential(*blocks).double(),
-        torch.Generator().manual_seed(0),
-    )  # for threads share the default
-    with torch.no_grad():
-        for v in model.parameters():
-            v.copy_(torch.randn(v.shape, generator=generator) * 0.5 + 0.5)
-    return model
+    return drawn(nn.Sequential(*blocks).double())
 
 
 def batches(rank, sizes):

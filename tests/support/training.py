@@ -8,6 +8,15 @@ import syncbn
 from support.tolerances import difference
 
 
+def drawn(model):
+    """Gives a model random parameters from a generator of its own, for ranks that are threads share the default one."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for v in model.parameters():
+            v.copy_(torch.randn(v.shape, generator=generator) * 0.5 + 0.5)
+    return model
+
+
 def _model():
     torch.manual_seed(0)
     blocks = [

@@ -7,6 +7,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
 from support.tolerances import difference
+from support.training import drawn
 from syncbn.comm import as_communicator
 
 # The numbers of batches of three ranks.
@@ -29,11 +30,7 @@ class Branching(nn.Module):
 
 
 def network():
-    model, generator = Branching().double(), torch.Generator().manual_seed(0)  # for threads share the default one
-    with torch.no_grad():
-        for v in model.parameters():
-            v.copy_(torch.randn(v.shape, generator=generator) * 0.5 + 0.5)
-    return model
+    return drawn(Branching().double())
 
 
 def batches(rank, length):
