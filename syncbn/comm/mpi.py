@@ -6,6 +6,7 @@ import ctypes
 import functools
 import os
 import sys
+import time
 from typing import Any
 
 from mpi4py import MPI
@@ -19,6 +20,7 @@ from .stalls import watch
 
 _IN_PLACE, _DOUBLE, _memory = MPI.IN_PLACE, MPI.DOUBLE, MPI.buffer.fromaddress
 _TIMEOUT_SECONDS = 1800.0  # torch's own
+_DELIVERY_SECONDS = 1.0  # MPICH's launcher ends at an abort, and drops what ranks said that it has not read yet
 _own_comms: dict[Any, Any] = {}  # as comm.torch's groups, of MPI.COMM_WORLD
 _float64_dtypes: set[Any] = set()  # torch's and NumPy's float64, once seen
 _THREAD_LEVELS = {
@@ -116,6 +118,7 @@ class MPICommunicator:
             file=sys.stderr,
             flush=True,
         )
+        time.sleep(_DELIVERY_SECONDS)
         if MPI.Query_thread() == MPI.THREAD_MULTIPLE:
             MPI.COMM_WORLD.Abort(1)
         os._exit(1)  # for which mpirun ends the others
