@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .nn import NoisySyncBatchNorm as NoisySyncBatchNorm
     from .nn import SyncBatchNorm as SyncBatchNorm
     from .nn import SyncBatchNormAct as SyncBatchNormAct
+    from .nn import check_collectives as check_collectives
     from .nn import checkpoint_contexts as checkpoint_contexts
     from .nn import convert_sync_batchnorm as convert_sync_batchnorm
     from .nn import even as even
@@ -36,6 +37,7 @@ __all__ = [
     "SyncBatchNormAct",
     "World",
     "__version__",
+    "check_collectives",
     "checkpoint_contexts",
     "comm",
     "convert_sync_batchnorm",

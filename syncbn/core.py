@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 from . import deferred, environment
-from .comm.labels import Label
+from .comm.labels import REFUSED, Label
 from .kernels import PLAIN, Epilogue, is_refused
 from .kernels import Running as Running
 
@@ -263,12 +263,22 @@ def refuse(error: Exception, message: Any, comm: Any, label: Label | None = None
     Collective:
         the first all_reduce of forward, or that of backward.
     """
+    if type(error) in (TypeError, ValueError):
+        error = type(error)(f"{rank_prefix(comm)}{error}")
     if message is not None:
         message[...] = float("nan")
-        all_reduce(message, label, comm)
-    if type(error) in (TypeError, ValueError):
-        raise type(error)(f"{rank_prefix(comm)}{error}") from None
-    raise error
+        if label is not None:
+            label.know(REFUSED)
+        try:
+            all_reduce(message, label, comm)
+        except (
+            RuntimeError
+        ) as other:  # the ranks' layers differ, too, or one has gone: this rank's own error comes first
+            raise error from other
+        finally:
+            if label is not None:
+                label.know(None)
+    raise error from None
 
 
 def rank_prefix(comm: Any) -> str:

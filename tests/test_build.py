@@ -71,7 +71,8 @@ def test_the_wheel_is_the_package_and_its_compiled_library(built):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     sources = {name for name in source_files("syncbn") if not name.startswith("syncbn/csrc/")}
-    assert names == sources | {"syncbn/kernels/_cpu.so", "syncbn/comm/_shared_memory.so"}
+    libraries = {"syncbn/kernels/_cpu.so", "syncbn/comm/_shared_memory.so", "syncbn/comm/_mpi_sum.so"}
+    assert names == sources | libraries
 
 
 @needs_compiler

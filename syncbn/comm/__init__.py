@@ -8,6 +8,9 @@
 | shared_memory | memory that the ranks of a Gloo group on one host share |
 | mpi           | an mpi4py communicator                                  |
 | observed      | what another one does, timed                            |
+| checked       | what another one does, compared between ranks before    |
+
+What messages say of themselves: labels, and how ranks compare that where memory is not shared: agreement.
 """
 
 from __future__ import annotations
@@ -19,9 +22,11 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakValueDictionary
 
+from .checked import ALWAYS, checked, checked_in_graphs
 from .labels import Label as Label
 from .labels import Labels as Labels
 from .labels import counted as counted
+from .labels import know as know
 from .labels import taking_labels
 from .local import LocalCommunicator as LocalCommunicator
 from .observed import ObservedCommunicator as ObservedCommunicator
@@ -81,12 +86,17 @@ def as_communicator(group: Any, argument: str = "process_group") -> Communicator
         LaunchError: an MPI world of one process where a launcher started several.
         RuntimeError: MPI is not initialised.
     """
+    comm = _as_communicator(group, argument)
+    return checked(comm) if ALWAYS else comm
+
+
+def _as_communicator(group: Any, argument: str) -> Communicator:
     for communicator_of in _communicator_functions():
         communicator = communicator_of(group)
         if communicator is not None:
             return communicator
     if is_own(group):  # nothing is initialised
-        return as_communicator(None)
+        return _as_communicator(None, argument)
     if group is None:
         return LocalCommunicator()
     if isinstance(group, int) and not isinstance(group, bool):
@@ -107,16 +117,14 @@ def _kind(group: Any) -> str:
     return repr(group) if isinstance(group, str) else type(group).__name__
 
 
-def shared_memory_of(comm: Communicator) -> Any:
-    """Returns the SharedMemory in which a communicator sums CPU tensors, or None where it does otherwise.
+def direct_sums_of(comm: Communicator) -> Any:
+    """Returns what sums CPU tensors of a communicator from within C++: SharedMemory, or the MPICommunicator; or None.
 
     Collective:
         at the first sum of a group, as all_reduce.
     """
-    torch_module = sys.modules.get(f"{__name__}.torch")
-    if torch_module is None or type(comm) is not torch_module.TorchCommunicator:
-        return None
-    return comm.shared_memory()  # type: ignore[attr-defined]
+    direct_sums = getattr(comm, "direct_sums", None)
+    return None if direct_sums is None else direct_sums()
 
 
 class Group(Protocol):
@@ -152,7 +160,7 @@ class GroupHandle:
     def __init__(self, group: Any, layer: str = "") -> None:
         self.group = group
         self.labels = Labels.of(layer)
-        self._observed: GroupHandle | None = None  # the handle in whose place this one stands
+        self._original: GroupHandle | None = None  # the handle in whose place this one stands
         self._communicator: Communicator | None = None
         self._is_lasting = group is None or is_own(group)  # it outlives the process, and depends on what is initialised
         if self._is_lasting:
@@ -167,7 +175,7 @@ class GroupHandle:
             return self._communicator
         if self._is_lasting:
             of_torch = _functions.get("torch.distributed")  # the shortest way, for every call of a layer comes here
-            found = None if of_torch is None else of_torch(self.group)
+            found = None if of_torch is None or ALWAYS else of_torch(self.group)
             return found or as_communicator(self.group, argument)
         self._communicator = taking_labels(as_communicator(self.group, argument))
         return self._communicator
@@ -188,17 +196,29 @@ class GroupHandle:
 
         Graphs go on to use this one, and so do copies and pickles. The group is the one that there is now.
         """
-        original = self._observed or self  # a layer that was copied within an earlier profile has one of those
+        return self._standing(ObservedCommunicator(self._unobserved(), observer), layer)
+
+    def checked(self) -> GroupHandle:
+        """Returns one of the same group and name, which checks what is sent, and counts calls from 0. See observed."""
+        comm, observer = checked(self._unobserved()), self.observer
+        layer = self.labels.forward.layer
+        return self._standing(comm if observer is None else ObservedCommunicator(comm, observer), layer)
+
+    def _unobserved(self) -> Communicator:
+        comm = self.communicator()  # observed in a layer that was copied within an earlier profile
+        return comm.comm if type(comm) is ObservedCommunicator else comm
+
+    def _standing(self, comm: Communicator, layer: str) -> GroupHandle:
         handle = GroupHandle.__new__(GroupHandle)  # of the same class, name and attributes, so that graphs stay valid
-        handle.__dict__.update(original.__dict__, labels=Labels.of(layer), _observed=original)
-        handle._communicator = ObservedCommunicator(original.communicator(), observer)
+        original = self._original or self
+        handle.__dict__.update(self.__dict__, _original=original, _communicator=comm, labels=Labels.of(layer))
         return handle
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GroupHandle:
-        return self._observed or self
+        return self._original or self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        name = (self._observed or self).labels.forward.layer
+        name = (self._original or self).labels.forward.layer
         return GroupHandle, (self.group if self._is_lasting else _UnpickledGroup(), name)
 
 
@@ -236,7 +256,7 @@ def communicator_named(name: str) -> Communicator:
     Raises:
         RuntimeError: the group is gone: the last layer that had it, or torch.distributed's group, was deleted.
     """
-    return observed_in_graphs(name, _communicator_named(name))
+    return observed_in_graphs(name, checked_in_graphs(name, _communicator_named(name)))
 
 
 def _communicator_named(name: str) -> Communicator:

@@ -6,14 +6,38 @@ import ctypes
 import inspect
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
+from zlib import crc32
 
 from .local import LocalCommunicator
+from .structures import Tag
 
 if TYPE_CHECKING:
     from . import Communicator
 
 
-TAG_BYTES = 112  # as in csrc/shared_memory.cpp
+REFUSED = "refused its input"
+
+
+class Facts(NamedTuple):
+    """What a layer was told that all ranks must be told alike, for P ranks to equal one.
+
+    Attributes:
+        dtype: of the input.
+        eps: added to the variance.
+        momentum: of the running statistics; None where none are updated, as in evaluation.
+        has_weight, has_bias: whether there are those.
+    """
+
+    dtype: Any
+    eps: float
+    momentum: float | None
+    has_weight: bool
+    has_bias: bool
+
+    def __str__(self) -> str:
+        vectors = " and ".join(["weight"] * self.has_weight + ["bias"] * self.has_bias) or "no weight or bias"
+        momentum = "no running statistics to update" if self.momentum is None else f"momentum {self.momentum}"
+        return f"{str(self.dtype).removeprefix('torch.')}, eps {self.eps}, {momentum}, {vectors}"
 
 
 @dataclass(eq=False, slots=True)
@@ -28,34 +52,50 @@ class Label:
         direction: "forward", "backward", or "derivatives": sums of second derivatives and of torch.func.
         call: which call of the layer in this direction, counted from 0; -1 before the first, and in derivatives. Both
             messages of float64 input have one number.
-        address: what tag returned, or 0 before.
+        facts: of the call; REFUSED where there was none; or None for nothing to compare. Set by know.
+        address: what tag returned, or 0 before, and where the facts have changed.
     """
 
     layer: str
     direction: str
     call: int = -1
+    facts: Facts | str | None = field(default=None, repr=False)
     address: int = field(default=0, repr=False)
     _tag: Any = field(default=None, repr=False)
 
+    def know(self, facts: Facts | tuple[Any, ...] | str | None) -> None:
+        """Sets the facts of this call; a tuple is that of Facts."""
+        if facts != self.facts:
+            self.facts = Facts(*facts) if isinstance(facts, tuple) else facts
+            self.address = 0
+
     def tag(self) -> int:
-        """Returns the address of TAG_BYTES bytes, the text of layer and direction, for messages in shared memory."""
+        """Returns the address of a Tag with layer, direction and facts; valid until the facts change."""
         if not self.address:
             text = f"{self.direction} of {self.layer}".encode()
-            if len(text) >= TAG_BYTES:  # the ends of paths are what differs
-                text = b"..." + text[4 - TAG_BYTES :]
-            self._tag = ctypes.create_string_buffer(text, TAG_BYTES)
+            facts = str(self.facts).encode() if isinstance(self.facts, Facts) else b""
+            self._tag = Tag(_end(text, Tag.text.size), facts[: Tag.facts.size - 1], crc32(text + b"\0" + facts))
             self.address = ctypes.addressof(self._tag)
         return self.address
 
     def __str__(self) -> str:
-        return f"{self.direction} of {self.layer}" + (f", call {self.call}" if self.call >= 0 else "")
+        return self.of_call(self.call)
+
+    def of_call(self, call: int) -> str:
+        """Returns layer, direction and that call, for people."""
+        return f"{self.direction} of {self.layer}" + (f", call {call}" if call >= 0 else "")
 
     def __getstate__(self) -> tuple[str, str, int]:
         return self.layer, self.direction, self.call
 
     def __setstate__(self, state: tuple[str, str, int]) -> None:
         self.layer, self.direction, self.call = state
-        self.address, self._tag = 0, None
+        self.facts, self.address, self._tag = None, 0, None
+
+
+def _end(text: bytes, size: int) -> bytes:
+    """Returns a text that fits in so many bytes with a zero: of a longer one the end, for the ends of paths differ."""
+    return text if len(text) < size else b"..." + text[4 - size :]
 
 
 class Labels(NamedTuple):
@@ -69,6 +109,14 @@ class Labels(NamedTuple):
     def of(cls, layer: str) -> Labels:
         """Returns new ones, before the first call."""
         return cls(Label(layer, "forward"), Label(layer, "backward"), Label(layer, "derivatives"))
+
+
+def know(
+    label: Label | None, x: Any, eps: float, momentum: float | None, running_mean: Any, weight: Any, bias: Any
+) -> None:
+    """Gives a label the facts of a forward call of x, with that running_mean, weight and bias or None."""
+    if label is not None:
+        label.know((x.dtype, eps, None if running_mean is None else momentum, weight is not None, bias is not None))
 
 
 def counted(label: Label | None, comm: Communicator) -> Label | None:

@@ -7,18 +7,22 @@ import functools
 import os
 import sys
 import time
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from mpi4py import MPI
 
 from ..environment import Launch, LaunchError, rank_prefix, read_environment
+from .agreement import check, said
 from .labels import Label
 from .local import LocalCommunicator
+from .mpi_sum import DIFFERENT, FAILED, UNSENT, Allreduce
 from .own import host, is_own, parts
 from .stalls import timeout_seconds as environment_timeout
 from .stalls import watch
 
-_IN_PLACE, _DOUBLE, _memory = MPI.IN_PLACE, MPI.DOUBLE, MPI.buffer.fromaddress
 _TIMEOUT_SECONDS = 1800.0  # torch's own
 _DELIVERY_SECONDS = 1.0  # MPICH's launcher ends at an abort, and drops what ranks said that it has not read yet
 _own_comms: dict[Any, Any] = {}  # as comm.torch's groups, of MPI.COMM_WORLD
@@ -55,9 +59,11 @@ class MPICommunicator:
         self.comm = comm
         self.sums = 0
         self.now: Label | bool | None = None
+        self._call = -1  # of the label in now
         self.timeout_seconds = environment_timeout(timeout_seconds)
         self.rank: int = comm.Get_rank()
         self.world_size: int = comm.Get_size()
+        self._allreduce = Allreduce(comm, self.rank, self.world_size)
         self._main_thread_only = MPI.Query_thread() < MPI.THREAD_SERIALIZED
 
     def all_reduce(self, buffer: Any, label: Label | None = None) -> None:
@@ -67,45 +73,84 @@ class MPICommunicator:
         on the current stream; later kernels wait for the sum. Other libraries get a copy in pinned host memory. That
         costs little: GPU-aware libraries, too, copy messages this small to the host. Neither way has been run on a GPU.
 
+        Each message says whose it is; where ranks say different things, all of them raise. Those in a GPU's memory say
+        nothing: all ranks must have theirs there, or none.
+
         MPI has no timeouts: a thread logs a sum that waits for SYNCBN_STALL_SECONDS (30), and ends all ranks by
         MPI_Abort after timeout_seconds, naming layer, direction and call.
 
         Raises:
             TypeError: buffer is not of float64; MPI has no bfloat16, and mpi4py would sum it wrongly.
-            RuntimeError: MPI failed, the communicator has been freed, or this thread may not call MPI. Autograd runs
-                backward of accelerator tensors in its own threads.
+            RuntimeError: the ranks' messages are of different layers, directions, lengths or facts (see labels), which
+                every rank reports. Or MPI failed, the communicator has been freed, or this thread may not call MPI:
+                autograd runs backward of accelerator tensors in its own threads.
         """
-        if self._main_thread_only and not MPI.Is_thread_main():
-            raise self._thread_error()
         if buffer.dtype not in _float64_dtypes:
             self._check_dtype(buffer.dtype)
         is_cpu = getattr(buffer, "is_cpu", None)  # None: an ndarray
         if is_cpu and buffer.is_contiguous():
-            # By address: a third of the cost of tensor.numpy(), a twentieth of that of DLPack.
-            message = [_memory(buffer.data_ptr(), buffer.nbytes), _DOUBLE]
+            address, length = buffer.data_ptr(), buffer.numel()
         elif is_cpu is None and buffer.flags.c_contiguous:
-            message = buffer
+            address, length = buffer.ctypes.data, buffer.size
         else:
             self._sum_strided_or_on_gpu(buffer, label)
             return
-        self._allreduce(message, buffer, label)
+        with self.direct(label, -1 if label is None else label.call):
+            self._judge(self._allreduce.sum(address, length), length, label)
 
-    def _allreduce(self, message: Any, buffer: Any, label: Label | None) -> None:
-        """Sums a message, watched; buffer is what it is of."""
+    def direct_sums(self) -> MPICommunicator | None:
+        """Returns this object, which C++ can sum over; None where it was not compiled."""
+        return self if self._allreduce.address else None
+
+    @contextmanager
+    def direct(self, label: Label | None, call: int) -> Iterator[int]:
+        """Within it one sum can be made, by an operator in C++ that is given the address that this yields.
+
+        Args:
+            label: which layer's message this is, or None.
+            call: which call of that layer.
+
+        If the operator says that it has not summed, go_on must follow. Raises as all_reduce.
+        """
+        self._allreduce.prepare(label)
+        with self._watched(label, call):
+            yield self._allreduce.address
+
+    def go_on(self, buffer: Any, label: Label | None) -> None:
+        """Goes on after a sum of an operator that was none, or of different messages. Raises as all_reduce."""
+        self._judge(self._allreduce.part.result, buffer.numel(), label)
+
+    @contextmanager
+    def _watched(self, label: Label | None, call: int) -> Iterator[None]:
+        """Within it a sum is under way."""
+        if self._main_thread_only and not MPI.Is_thread_main():
+            raise self._thread_error()
         if not self.sums:
             watch(self)
         self.sums += 1
-        self.now = label or True
+        self.now, self._call = label or True, call
         try:
-            self.comm.Allreduce(_IN_PLACE, message)
-        except MPI.Exception as error:
-            raise self._failure(buffer, error) from error
+            yield
         finally:
             self.now = None
 
+    def _judge(self, result: int, length: int, label: Label | None) -> None:
+        """Raises where a sum failed, or was one of messages that do not belong together; on all ranks alike."""
+        if result == FAILED:
+            error = self._allreduce.error()
+            raise self._failure(length, error) from error
+        if result in (DIFFERENT, UNSENT):
+            check(said(length, label), self.rank, self.world_size, self._sums)
+
+    def _sums(self, numbers: list[float]) -> list[float]:
+        sums = [0.0] * len(numbers)
+        received = array("d", sums)
+        self.comm.Allreduce(array("d", numbers), received)
+        return received.tolist()
+
     def report(self, seconds: float) -> str:
         """See stalls.Waiting."""
-        whose = "" if self.now is True else f", {self.now},"
+        whose = f", {self.now.of_call(self._call)}," if isinstance(self.now, Label) else ""
         return (
             f"{self._prefix()}has waited {seconds:.0f} s for other ranks in a sum over MPI{whose}: those that do not "
             "say the same have not come; see that every rank runs the same layers in the same order, equally often"
@@ -123,14 +168,14 @@ class MPICommunicator:
             MPI.COMM_WORLD.Abort(1)
         os._exit(1)  # for which mpirun ends the others
 
-    def _failure(self, buffer: Any, error: MPI.Exception) -> RuntimeError:
+    def _failure(self, length: int, error: MPI.Exception) -> RuntimeError:
         if self.comm == MPI.COMM_NULL:
             return RuntimeError(
                 f"{self._prefix()}expected an MPI communicator to sum over; got one that was freed: free it, or "
                 "destroy its process group, after the last use of the layers that have it"
             )
         return RuntimeError(
-            f"{self._prefix()}expected MPI_Allreduce of {buffer.nbytes // 8} float64 to succeed; got {error}: see "
+            f"{self._prefix()}expected MPI_Allreduce of {length} float64 to succeed; got {error}: see "
             "that all ranks run the same layers in the same order, and start them with `mpirun ... python -m "
             "mpi4py ...`, so that an error on one ends all"
         )
@@ -148,12 +193,21 @@ class MPICommunicator:
             if ("rocm" if torch.version.hip else "cuda") in gpu_aware():
                 with torch.cuda.device(buffer.device):  # which MPI may ask for
                     torch.cuda.current_stream().synchronize()  # MPI does not wait for kernels
-                    self._allreduce([_memory(buffer.data_ptr(), buffer.nbytes), _DOUBLE], buffer, label)
+                    self._sum_on_gpu(buffer, label)
                 return
         host = buffer.new_empty(buffer.shape, device="cpu", pin_memory=buffer.is_cuda)
         host.copy_(buffer)  # waits for the kernels that fill buffer
         self.all_reduce(host, label)
         buffer.copy_(host, non_blocking=True)  # torch reuses pinned memory only after this copy
+
+    def _sum_on_gpu(self, buffer: Any, label: Label | None) -> None:
+        try:
+            with self._watched(label, -1 if label is None else label.call):
+                self.comm.Allreduce(
+                    MPI.IN_PLACE, [MPI.buffer.fromaddress(buffer.data_ptr(), buffer.nbytes), MPI.DOUBLE]
+                )
+        except MPI.Exception as error:
+            raise self._failure(buffer.numel(), error) from error
 
     def _check_dtype(self, dtype: Any) -> None:
         if str(dtype).removeprefix("torch.") != "float64":

@@ -23,8 +23,10 @@ from typing import Any
 
 from .. import native
 from ..environment import rank_prefix
-from .labels import TAG_BYTES, Label
+from .agreement import difference
+from .labels import Label
 from .stalls import log, stall_seconds
+from .structures import SharedSum, Tag
 
 HANDSHAKE_BYTES = 64  # length of each message that join exchanges
 _FOLDER = Path("/dev/shm")  # files in memory, on Linux; containers must share it for their ranks to share memory
@@ -55,36 +57,23 @@ def absence() -> str:
     return "" if os.access(_FOLDER, os.W_OK) else f"{_FOLDER} is not there, or not to be written to"
 
 
-class _Sum(ctypes.Structure):
-    """A rank's part in sums: csrc/shared_memory.h's SharedSum."""
-
-    _fields_ = (
-        ("sum", ctypes.c_void_p),
-        ("memory", ctypes.c_void_p),
-        ("rank", ctypes.c_long),
-        ("world_size", ctypes.c_long),
-        ("microseconds", ctypes.c_long),
-        ("tag", ctypes.c_void_p),
-        ("call", ctypes.c_long),
-        ("done", ctypes.c_long),
-        ("is_posted", ctypes.c_long),
-        ("result", ctypes.c_long),
-    )
-
-
 class _Message(ctypes.Structure):
     """What a rank has sent: csrc/shared_memory.cpp's Message."""
 
-    _fields_ = (("length", ctypes.c_long), ("call", ctypes.c_long), ("tag", ctypes.c_char * TAG_BYTES))
+    _fields_ = (("length", ctypes.c_long), ("call", ctypes.c_long), ("tag", Tag))
 
     def __str__(self) -> str:
         if self.length < 0:
             return "nothing"
         return ", ".join(filter(None, (self.whose(), f"{self.length} float64")))
 
+    def in_full(self) -> str:
+        """Returns the same with what the layer was told."""
+        return ", ".join(filter(None, (str(self), self.tag.facts.decode(errors="replace"))))
+
     def whose(self) -> str:
         """Returns the layer, direction and call, or "" where nobody said."""
-        tag = self.tag.decode(errors="replace")
+        tag = self.tag.text.decode(errors="replace")
         return f"{tag}, call {self.call}" if tag and self.call >= 0 else tag
 
 
@@ -108,7 +97,7 @@ class SharedMemory:
         self._memory = mmap.mmap(file, 0)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         of = ctypes.cast(_library.syncbn_shared_sum, ctypes.c_void_p)
-        self._part = _Sum(of, self._address, rank, world_size, _POLL_MICROSECONDS)
+        self._part = SharedSum(of, self._address, rank, world_size, _POLL_MICROSECONDS)
         self._part_address = ctypes.addressof(self._part)
         self._failure: str | None = None
         self._lock = threading.Lock()
@@ -173,7 +162,7 @@ class SharedMemory:
                 if self._failure:
                     _library.syncbn_shared_unlock(self._file, self.rank)  # tells the others not to wait
 
-    def go_on(self, buffer: Any) -> None:
+    def go_on(self, buffer: Any, label: Label | None) -> None:  # noqa: ARG002  # it is that of direct
         """Goes on with a sum that an operator has begun, of a tensor. Raises as all_reduce."""
         self._sum(buffer.data_ptr(), buffer.numel(), self._missing(self._part.result))
 
@@ -225,15 +214,10 @@ class SharedMemory:
     def _difference(self) -> RuntimeError:
         """Returns the error of messages that do not belong together, from those that are there."""
         self._failure = None
-        ranks: dict[str, list[int]] = {}
-        for rank in range(self.world_size):
-            is_there, message = self._said(rank)
-            ranks.setdefault(str(message) if is_there else "nothing yet", []).append(rank)
-        return self._error(
-            "the same message of the same layer from every rank",
-            "; ".join(f"{what} from {_named(of)}" for what, of in ranks.items()),
-            "see that every rank runs the same layers, with as many channels, in the same order, forward and backward, "
-            "and has converted the same model, for layers are known by their paths in it",
+        said = [self._said(rank) for rank in range(self.world_size)]
+        return difference(
+            rank_prefix(self.rank, self.world_size),
+            [message.in_full() if is_there else "nothing yet" for is_there, message in said],
         )
 
     def _said(self, rank: int) -> tuple[bool, _Message]:
@@ -261,10 +245,6 @@ class SharedMemory:
     def _error(self, expected: str, got: str, remedy: str) -> RuntimeError:
         prefix = rank_prefix(self.rank, self.world_size)
         return RuntimeError(f"{prefix}expected {expected}; got {got}: {remedy}")
-
-
-def _named(ranks: list[int]) -> str:
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
 _live: weakref.WeakSet[SharedMemory] = weakref.WeakSet()

@@ -37,7 +37,7 @@ struct alignas(128) Rank {
 struct Message {
   long length;    // the float64 of all its parts
   long call;      // which call of the layer
-  char tag[112];  // the layer and the direction, as text; empty where nobody says
+  Tag tag;        // with an empty text where nobody says
 };
 
 struct alignas(128) Slot {
@@ -81,9 +81,14 @@ bool wait_for(Rank& rank, std::uint32_t n, Clock::time_point end) {
   return true;
 }
 
+template <std::size_t n>
+bool agree(const char (&a)[n], const char (&b)[n]) {
+  return !*a || !*b || !std::memcmp(a, b, n);
+}
+
 // Whether two messages may be summed. The number of the call only tells people more.
 bool belong_together(const Message& a, const Message& b) {
-  return a.length == b.length && (!*a.tag || !*b.tag || !std::memcmp(a.tag, b.tag, sizeof a.tag));
+  return a.length == b.length && agree(a.tag.text, b.tag.text) && agree(a.tag.facts, b.tag.facts);
 }
 
 void post(Rank& rank) {
@@ -123,7 +128,7 @@ EXPORT int syncbn_shared_said(void* memory, long rank, long world_size, long oth
   const std::uint32_t n = ranks[rank].posted.load(), theirs = ranks[other].posted.load();
   const bool is_there = std::int32_t(theirs - n) >= 0;
   *message = slots[2 * other + (is_there ? n : theirs) % 2].message;
-  message->tag[sizeof message->tag - 1] = 0;
+  message->tag.text[sizeof message->tag.text - 1] = message->tag.facts[sizeof message->tag.facts - 1] = 0;
   if (!is_there && theirs == 0) message->length = -1;
   return is_there;
 }
@@ -145,8 +150,8 @@ EXPORT long syncbn_shared_sum(SharedSum* shared, double* buffer, long length) {
       Slot& own = slots[2 * rank + n % 2];
       own.message.length = length;
       own.message.call = shared->call;
-      if (shared->tag) std::memcpy(own.message.tag, shared->tag, sizeof own.message.tag);
-      else *own.message.tag = 0;
+      if (shared->tag) std::memcpy(&own.message.tag, shared->tag, sizeof own.message.tag);
+      else *own.message.tag.text = *own.message.tag.facts = 0;
       std::memcpy(own.part, part, size * sizeof(double));
       post(ranks[rank]);
       is_posted = 1;

@@ -1,13 +1,20 @@
-// A rank's part in sums in shared memory, for the operators of torch, which are in another library.
+// A rank's part in sums over ranks, for the operators of torch, which are in another library.
 #pragma once
 
-// comm/shared_memory.py fills it in.
+// Whose message it is; comm/labels.py fills it in.
+struct Tag {
+  char text[112];   // the layer and the direction
+  char facts[128];  // what the layer was told; empty where there is nothing to compare
+  long number;      // a digest of both
+};
+
+// comm/shared_memory.py, or comm/mpi.py, fills it in.
 struct SharedSum {
-  long (*sum)(SharedSum* shared, double* buffer, long length);  // syncbn_shared_sum
+  long (*sum)(SharedSum* shared, double* buffer, long length);  // syncbn_shared_sum or syncbn_mpi_sum
   void* memory;
   long rank, world_size;
   long microseconds;  // how long sum may wait
-  const char* tag;    // of the message: 112 characters, or null for none
+  const Tag* tag;     // of the message, or null for none
   long call;
   // 0 before the first sum, and again when one is done: the elements summed so far, and whether the part that follows is
   // posted.

@@ -1,5 +1,6 @@
 """The PyTorch frontend."""
 
+from .checking import check_collectives
 from .convert import convert_sync_batchnorm, revert_sync_batchnorm
 from .layer import SyncBatchNorm
 from .loss import scale_loss
@@ -14,6 +15,7 @@ __all__ = [
     "NoisySyncBatchNorm",
     "SyncBatchNorm",
     "SyncBatchNormAct",
+    "check_collectives",
     "checkpoint_contexts",
     "convert_sync_batchnorm",
     "even",

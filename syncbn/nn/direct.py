@@ -27,8 +27,9 @@ from ..comm import (
     LocalCommunicator,
     communicator_named,
     counted,
+    direct_sums_of,
+    know,
     observed_kernels,
-    shared_memory_of,
 )
 from ..core import Running
 from ..kernels import Epilogue
@@ -185,22 +186,24 @@ def forward_in_one_call(
         NONE if var is None else var,
         NONE if batches is None else batches,
     )
+    label = labels and labels.forward
     try:
         if type(comm) is LocalCommunicator:
             y, statistics, count = of.forward(*tensors, NONE, momentum, eps, activation, slope, ALONE)
-        elif memory := shared_memory_of(comm):
-            label = labels and labels.forward
-            with memory.direct(label, label.call + 1 if label else -1) as address:
+        elif direct := direct_sums_of(comm):
+            know(label, x, eps, momentum, mean, weight, bias)
+            with direct.direct(label, label.call + 1 if label else -1) as address:
                 y, statistics, count = of.forward(*tensors, NONE, momentum, eps, activation, slope, address)
                 if label is not None and count != DECLINED:
                     label.call += 1  # as counted does
                 if count == UNSENT:
-                    memory.go_on(statistics)
+                    direct.go_on(statistics, label)
         else:
             of = observed_kernels(of, comm)
             y, statistics, count = of.forward(*tensors, NONE, momentum, eps, activation, slope, BY_CALLER)
             if count == UNSENT:
-                core.all_reduce(statistics, counted(labels and labels.forward, comm), comm)
+                know(label, x, eps, momentum, mean, weight, bias)
+                core.all_reduce(statistics, counted(label, comm), comm)
     except NotImplementedError:  # torch's, for devices and layouts without such an operator
         return None
     if count == DECLINED:
@@ -244,14 +247,14 @@ def backward_in_one_call(
     try:
         if type(comm) is LocalCommunicator:
             found = of.backward(*tensors, *options, ALONE)
-        elif memory := shared_memory_of(comm):
+        elif direct := direct_sums_of(comm):
             label = labels and labels.backward
-            with memory.direct(label, label.call + 1 if label else -1) as address:
+            with direct.direct(label, label.call + 1 if label else -1) as address:
                 found = of.backward(*tensors, *options, address)
                 if label is not None and found[4] != DECLINED:
                     label.call += 1
                 if found[4] == UNSENT:
-                    memory.go_on(found[0])
+                    direct.go_on(found[0], label)
         else:
             of = observed_kernels(of, comm)
             found = of.backward(*tensors, *options, BY_CALLER)

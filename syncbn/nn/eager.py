@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import core
 from ..arguments import full_mask
-from ..comm import Communicator, Group, Labels, counted, observed_kernels
+from ..comm import Communicator, Group, Labels, counted, know, observed_kernels
 from ..core import NOTHING, Running
 from ..kernels import Epilogue, empty, select
 from ..layout import layout_of
@@ -69,6 +69,10 @@ class EagerCall:
             check_forward(input, self.num_features, self.running, weight, bias, self.eps, self.epilogue, residual)
             select(input)
             full: Tensor | None = full_mask(mask, input)
+            if self.comm.world_size > 1:
+                # Of a cumulative average on accelerators that momentum is a tensor there.
+                mean, _, _, momentum = Running.of(*self.running) if input.is_cpu else self.running
+                know(label, input, self.eps, momentum, mean, weight, bias)
         except Exception as error:
             core.refuse(error, forward_message(input, self.num_features, weight, bias, self.running), self.comm, label)
         return full

@@ -77,7 +77,8 @@ def test_different_lengths_are_an_error_on_every_rank_and_the_next_sum_is_right(
         assert error == (
             f"[rank {rank}/3] expected the same message of the same layer from every rank; got 5 float64 from ranks 0, "
             "2; 7 float64 from rank 1: see that every rank runs the same layers, with as many channels, in the same "
-            "order, forward and backward, and has converted the same model, for layers are known by their paths in it"
+            "order, forward and backward, with the same dtype, eps, momentum and parameters, and has converted the "
+            "same model, for layers are known by their paths in it"
         )
     assert [list(found) for found in on_all(memories, lambda rank, memory: summed(memory, [rank, 1.0]))] == [[3, 3]] * 3
 
