@@ -179,8 +179,9 @@ time.sleep(60 * (MPI.COMM_WORLD.Get_rank() == 0))
     seconds = {"SYNCBN_STALL_SECONDS": "0.5"} | ({"SYNCBN_TIMEOUT_SECONDS": "2"} if way == "communicator" else {})
     code, output = mpirun(2, "-m", "mpi4py", script, timeout=50, **seconds)
     assert code != 0
-    assert re.search(
-        r"\[rank 0/2\] has waited \d s for other ranks in a sum over MPI, forward of 1, call 1,.*; it ends", output
-    )
-    assert re.search(r"\[rank 0/2\] has waited \d s .*forward of 1, call 1.*That is the timeout.*all ranks end", output)
+    # Who is through with all else waits in MPI's end, and answers no more.
+    where = "does not answer" if fault != "sleeps" else "is in no sum, and whose last was backward of 1, call 0"
+    waits = rf"\[rank 0/2\] has waited \d s in a sum over MPI, forward of 1, call 1, for rank 1, which {where}"
+    assert re.search(f"{waits}.*; it ends after 2 s", output)
+    assert re.search(rf"{waits}.*\. That is the timeout.*all ranks end", output)
     assert "[rank 1/2] has waited" not in output

@@ -10,7 +10,8 @@
 | observed      | what another one does, timed                            |
 | checked       | what another one does, compared between ranks before    |
 
-What messages say of themselves: labels, and how ranks compare that where memory is not shared: agreement.
+What messages say of themselves: labels, and how ranks compare that where memory is not shared: agreement. Sums that
+take too long: stalls, and how ranks ask each other where they are: asking.
 """
 
 from __future__ import annotations

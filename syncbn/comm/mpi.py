@@ -9,7 +9,7 @@ import sys
 import time
 from array import array
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from mpi4py import MPI
@@ -18,10 +18,10 @@ from ..environment import Launch, LaunchError, rank_prefix, read_environment
 from .agreement import check, said
 from .labels import Label
 from .local import LocalCommunicator
-from .mpi_sum import DIFFERENT, FAILED, UNSENT, Allreduce
+from .mpi_sum import DIFFERENT, FAILED, UNSENT, Allreduce, watched_of
 from .own import host, is_own, parts
+from .stalls import Watched
 from .stalls import timeout_seconds as environment_timeout
-from .stalls import watch
 
 _TIMEOUT_SECONDS = 1800.0  # torch's own
 _DELIVERY_SECONDS = 1.0  # MPICH's launcher ends at an abort, and drops what ranks said that it has not read yet
@@ -52,15 +52,13 @@ class MPICommunicator:
 
     Attributes:
         rank, world_size: this process's rank in it and its number of ranks.
-        sums, now, timeout_seconds: see stalls.Waiting.
+        timeout_seconds: how long a sum may wait.
     """
 
     def __init__(self, comm: Any, timeout_seconds: float = _TIMEOUT_SECONDS) -> None:
         self.comm = comm
-        self.sums = 0
-        self.now: Label | bool | None = None
-        self._call = -1  # of the label in now
         self.timeout_seconds = environment_timeout(timeout_seconds)
+        self._watched: Watched | None = None  # from the first sum on
         self.rank: int = comm.Get_rank()
         self.world_size: int = comm.Get_size()
         self._allreduce = Allreduce(comm, self.rank, self.world_size)
@@ -113,26 +111,20 @@ class MPICommunicator:
         If the operator says that it has not summed, go_on must follow. Raises as all_reduce.
         """
         self._allreduce.prepare(label)
-        with self._watched(label, call):
+        with self._sum(label, call):
             yield self._allreduce.address
 
     def go_on(self, buffer: Any, label: Label | None) -> None:
         """Goes on after a sum of an operator that was none, or of different messages. Raises as all_reduce."""
         self._judge(self._allreduce.part.result, buffer.numel(), label)
 
-    @contextmanager
-    def _watched(self, label: Label | None, call: int) -> Iterator[None]:
-        """Within it a sum is under way."""
+    def _sum(self, label: Label | None, call: int) -> AbstractContextManager[None]:
+        """Returns a context within which a sum is under way."""
         if self._main_thread_only and not MPI.Is_thread_main():
             raise self._thread_error()
-        if not self.sums:
-            watch(self)
-        self.sums += 1
-        self.now, self._call = label or True, call
-        try:
-            yield
-        finally:
-            self.now = None
+        if self._watched is None:
+            self._watched = watched_of(self.comm, self.timeout_seconds, self._end)
+        return self._watched.sum(label, call)
 
     def _judge(self, result: int, length: int, label: Label | None) -> None:
         """Raises where a sum failed, or was one of messages that do not belong together; on all ranks alike."""
@@ -148,16 +140,8 @@ class MPICommunicator:
         self.comm.Allreduce(array("d", numbers), received)
         return received.tolist()
 
-    def report(self, seconds: float) -> str:
-        """See stalls.Waiting."""
-        whose = f", {self.now.of_call(self._call)}," if isinstance(self.now, Label) else ""
-        return (
-            f"{self._prefix()}has waited {seconds:.0f} s for other ranks in a sum over MPI{whose}: those that do not "
-            "say the same have not come; see that every rank runs the same layers in the same order, equally often"
-        )
-
-    def end(self, reason: str) -> None:
-        """See stalls.Waiting. The thread that waits in MPI cannot be made to raise an error."""
+    def _end(self, reason: str) -> None:
+        """Ends all ranks. The thread that waits in MPI cannot be made to raise an error."""
         print(
             f"{reason}. That is the timeout (init_process_group's, or SYNCBN_TIMEOUT_SECONDS): all ranks end",
             file=sys.stderr,
@@ -202,7 +186,7 @@ class MPICommunicator:
 
     def _sum_on_gpu(self, buffer: Any, label: Label | None) -> None:
         try:
-            with self._watched(label, -1 if label is None else label.call):
+            with self._sum(label, -1 if label is None else label.call):
                 self.comm.Allreduce(
                     MPI.IN_PLACE, [MPI.buffer.fromaddress(buffer.data_ptr(), buffer.nbytes), MPI.DOUBLE]
                 )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 from mpi4py import MPI
 
 from .. import native
+from .asking import MPIAsking
 from .labels import Label
+from .stalls import Watched, stop
 from .structures import Lengths, MPISum, Tag
 
 DONE, DIFFERENT, FAILED, UNSENT = -1, -2, -3, -4  # see csrc/mpi_sum.cpp
@@ -31,18 +34,62 @@ def _handle(mpi_object: Any) -> int:
     return handle
 
 
-_of_lengths: list[int] = []  # the key of an attribute of MPI communicators
+class _Kept:
+    """What is kept for a communicator, for all objects here that send over it.
+
+    Attributes:
+        lengths: of messages, that its ranks have compared.
+        watched: its sums; None before the first.
+        asking: how its ranks ask each other where they are; None before the first sum, and where threads cannot.
+    """
+
+    def __init__(self) -> None:
+        self.lengths = Lengths()
+        self.watched: Watched | None = None
+        self.asking: MPIAsking | None = None
 
 
-def _lengths_of(comm: Any) -> Any:
-    """Returns a pointer to the lengths of messages that ranks of a communicator have compared; all objects share it."""
-    if not _of_lengths:
-        _of_lengths.append(MPI.Comm.Create_keyval())
-    lengths = comm.Get_attr(_of_lengths[0])
-    if lengths is None:
-        lengths = Lengths()
-        comm.Set_attr(_of_lengths[0], lengths)
-    return ctypes.pointer(lengths)
+_keys: list[int] = []  # the one under which that is an attribute of communicators
+
+
+def _kept(comm: Any) -> _Kept:
+    if not _keys:
+        _keys.append(MPI.Comm.Create_keyval(delete_fn=_forget))
+        # Of this communicator attributes are deleted first when MPI is finalised, which the thread must not see.
+        MPI.COMM_SELF.Set_attr(MPI.Comm.Create_keyval(delete_fn=lambda *_: stop()), True)
+    kept: _Kept | None = comm.Get_attr(_keys[0])
+    if kept is None:
+        kept = _Kept()
+        comm.Set_attr(_keys[0], kept)
+    return kept
+
+
+def _forget(comm: Any, _: int, kept: _Kept) -> None:
+    """Called when a communicator is freed, by all its ranks; at the end of MPI all are gone anyway."""
+    if kept.asking is not None and comm != MPI.COMM_WORLD:
+        kept.asking.close()
+
+
+def watched_of(comm: Any, timeout_seconds: float, end: Callable[[str], None]) -> Watched:
+    """Returns the sums of a communicator, for all objects that send over it.
+
+    Args:
+        comm: an mpi4py communicator.
+        timeout_seconds, end: see Watched; those of the first call serve.
+
+    Collective:
+        at the first call for a communicator, which it duplicates, but for MPI without MPI_THREAD_MULTIPLE.
+    """
+    kept = _kept(comm)
+    if kept.watched is None:
+        rank, world_size, over = comm.Get_rank(), comm.Get_size(), "MPI"
+        if MPI.Query_thread() == MPI.THREAD_MULTIPLE:
+            with Watched(rank, world_size, over, timeout_seconds, None, end).sum(
+                None, -1
+            ):  # the first may be late, too
+                kept.asking = MPIAsking(MPI, comm.Dup())
+        kept.watched = Watched(rank, world_size, over, timeout_seconds, kept.asking, end)
+    return kept.watched
 
 
 class Allreduce:
@@ -60,7 +107,8 @@ class Allreduce:
     def __init__(self, comm: Any, rank: int, world_size: int) -> None:
         self._comm = comm
         self.part = MPISum(rank=rank, world_size=world_size)
-        self.part.lengths = _lengths_of(comm)
+        self._kept = _kept(comm)
+        self.part.lengths = ctypes.pointer(self._kept.lengths)
         self.address = 0
         if _library is not None:
             self.part.sum = ctypes.cast(_library.syncbn_mpi_sum, ctypes.c_void_p).value

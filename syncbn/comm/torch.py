@@ -14,10 +14,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..environment import LaunchError, rank_prefix, read_environment
 from .agreement import check, said
+from .asking import StoreAsking
 from .labels import Label
 from .local import LocalCommunicator
 from .own import host, is_own, parts
 from .shared_memory import HANDSHAKE_BYTES, SharedMemory, join
+from .stalls import Watched
 from .structures import Tag
 
 if TYPE_CHECKING:
@@ -27,8 +29,8 @@ if TYPE_CHECKING:
 # The shared memory, or None, of each group that has summed CPU tensors; freed with the group.
 _shared_memories: WeakKeyDictionary[dist.ProcessGroup, SharedMemory | None] = WeakKeyDictionary()
 _UNKNOWN: Any = object()
-# The lengths of messages that the ranks of a group have compared; all ranks have the same.
-_known_lengths: WeakKeyDictionary[dist.ProcessGroup, set[int]] = WeakKeyDictionary()
+# Of each group that sums over Gloo its sums, and the lengths of messages that ranks have compared, the same on all.
+_sums: WeakKeyDictionary[dist.ProcessGroup, tuple[Watched, set[int]]] = WeakKeyDictionary()
 # For each default group, by name and by the ranks of all groups, the group that this process is in.
 _own_groups: WeakKeyDictionary[dist.ProcessGroup, dict[Any, dist.ProcessGroup]] = WeakKeyDictionary()
 
@@ -116,10 +118,12 @@ class TorchCommunicator:
             # On the CPU, whatever the default device is.
             gathered = torch.empty((self.world_size, HANDSHAKE_BYTES), dtype=torch.uint8, device="cpu")
             own = torch.tensor(list(message), dtype=torch.uint8, device="cpu")
-            dist.all_gather(list(gathered), own, group=self.group)
+            self._send(dist.all_gather, list(gathered), own, text="the group's first")
             return [bytes(other.numpy()) for other in gathered]
 
-        return join(self.rank, self.world_size, timeout, exchange)
+        watched, _ = _sums.get(self.group) or self._watch()
+        with watched.sum(None, -1):
+            return join(self.rank, self.world_size, timeout, exchange)
 
     def _sum_gathered(self, tensor: torch.Tensor, label: Label | None) -> None:
         """Sums over Gloo by all_gather: Gloo's all_reduce takes twice as many messages, one after the other.
@@ -130,10 +134,14 @@ class TorchCommunicator:
         Each message starts with a number that says whose it is. Where lengths differ Gloo ends a rank: so before the
         first message of a length ranks compare what they are about to send.
         """
-        lengths = _known_lengths.setdefault(self.group, set())
-        if len(tensor) not in lengths:
-            self._check(tensor, label)
-            lengths.add(len(tensor))
+        watched, lengths = _sums.get(self.group) or self._watch()
+        with watched.sum(label, -1 if label is None else label.call):
+            if len(tensor) not in lengths:
+                self._check(tensor, label)
+                lengths.add(len(tensor))
+            self._sum_labelled(tensor, label)
+
+    def _sum_labelled(self, tensor: torch.Tensor, label: Label | None) -> None:
         number = 0 if label is None else Tag.from_address(label.address or label.tag()).number
         message = torch.cat([tensor.new_tensor([number]), tensor])
         gathered = tensor.new_empty((self.world_size, *message.shape))
@@ -143,6 +151,19 @@ class TorchCommunicator:
         tensor.copy_(gathered[0, 1:])
         for other in gathered[1:]:
             tensor += other[1:]
+
+    def _watch(self) -> tuple[Watched, set[int]]:
+        """Lets sums over Gloo be watched, from the first on."""
+        try:
+            store = dist.distributed_c10d._get_default_store()
+        except ValueError:  # there is no default group
+            asking = None
+        else:
+            asking = StoreAsking(store, self.group.group_name, self.rank, self.world_size)
+        gloo = self.group._get_backend(torch.device("cpu"))
+        seconds = getattr(gloo, "wrapped_pg", gloo).options._timeout.total_seconds()
+        _sums[self.group] = Watched(self.rank, self.world_size, "Gloo", seconds, asking, None), set()
+        return _sums[self.group]
 
     def _check(self, tensor: torch.Tensor, label: Label | None) -> None:
         """Raises on all ranks where they are about to send different messages."""
@@ -160,10 +181,12 @@ class TorchCommunicator:
         try:
             collective(*arguments, group=self.group)
         except RuntimeError as error:  # Gloo's have no class of their own
+            watched, _ = _sums[self.group]
             raise RuntimeError(
                 f"{rank_prefix(self.rank, self.world_size)}expected every rank to take part in a sum over Gloo, "
-                f"{text}; got {str(error).strip()}: see what the other ranks say; one has ended, has not come within "
-                "the timeout, or sends a message of another length, which syncbn.check_collectives names"
+                f"{text}; got {str(error).strip()}, while waiting for {watched.missing()}: see what the other ranks "
+                "say; one has ended, has not come within the timeout, or sends a message of another length, which "
+                "syncbn.check_collectives names"
             ) from error
 
 
