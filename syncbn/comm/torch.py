@@ -106,9 +106,7 @@ class TorchCommunicator:
             memory = _shared_memories[self.group] = self._join_shared_memory() if _sends_over_gloo(self.group) else None
         return memory
 
-    def direct_sums(self) -> SharedMemory | None:
-        """Returns the memory in which C++ can sum over the group, or None. Collective: as shared_memory."""
-        return self.shared_memory()
+    direct_sums = shared_memory  # in which C++ can sum
 
     def _join_shared_memory(self) -> SharedMemory | None:
         gloo = self.group._get_backend(torch.device("cpu"))
