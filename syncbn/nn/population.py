@@ -16,11 +16,11 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from .. import core
 from ..arguments import full_mask
-from ..comm import Communicator, as_communicator
+from ..comm import Communicator
 from ..core import Running
 from ..kernels import select
 from .layer import SyncBatchNorm
-from .lockstep import device_of, in_lockstep, message, run, uncompiled
+from .lockstep import communicator_of, device_of, in_lockstep, message, message_length, run, uncompiled
 
 
 def recalibrate(
@@ -82,7 +82,7 @@ def recalibrate(
         >>> layer.running_mean, layer.running_var
         (tensor([5.]), tensor([11.5000]))
     """
-    comm = as_communicator(process_group)
+    comm = communicator_of(process_group, message_length)
     device = torch.device("cpu")
     try:
         device = device_of(model)
