@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakValueDictionary
 
+from .labels import AGREEMENT as AGREEMENT
 from .labels import Label as Label
 from .labels import Labels as Labels
 from .labels import counted as counted

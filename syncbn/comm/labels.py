@@ -71,6 +71,10 @@ class Labels(NamedTuple):
         return cls(Label(layer, "forward"), Label(layer, "backward"), Label(layer, "derivatives"))
 
 
+# Of the message by which the ranks agree on a layer's noise.
+AGREEMENT = Label("a noisy layer", "agreement on seed and count")
+
+
 def counted(label: Label | None, comm: Communicator) -> Label | None:
     """Returns the label, of one call more over comm; a world of one has nothing to count."""
     if label is not None and type(comm) is not LocalCommunicator:
