@@ -241,7 +241,7 @@ class NoisySyncBatchNorm(SyncBatchNorm):
 
     Collective:
         as SyncBatchNorm; and over several ranks once, before the first forward in training, an all_reduce of 22 float64
-        by which the ranks agree on the seed.
+        by which the ranks agree on the seed; another one after seed or count were changed, which all ranks must do.
 
     Raises:
         ValueError, TypeError: as syncbn.NoisySyncBatchNorm.
