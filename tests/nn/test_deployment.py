@@ -154,7 +154,7 @@ def _compiled(model, x, folder):
     return torch.compile(model, fullgraph=True, backend="aot_eager")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*treespec:FutureWarning")  # torch's own
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:`torch.jit", "ignore:.*treespec:FutureWarning")
 @pytest.mark.parametrize("way", [_exported, _decomposed, _traced, _compiled])
 def test_layers_with_activation_are_deployed_as_they_are(way, tmp_path):
     model, x = trained_act()
