@@ -131,7 +131,19 @@ def proposal(seed: int, count: int, is_given: bool, rank: int) -> list[int]:
         rank: this one's number.
     """
     own = [*_chunks(seed), *_chunks(count)]
-    return [*own, *(chunk**2 for chunk in own), *(own[:_CHUNKS] if rank == 0 else [0] * _CHUNKS), is_given]
+    numbers = [*own, *(chunk**2 for chunk in own), *(own[:_CHUNKS] if rank == 0 else [0] * _CHUNKS), is_given]
+    # An even number of them: forwards' messages have an odd one, and so cannot be taken for this one.
+    return [*numbers, 0]
+
+
+def goes_on(before: tuple[int, int] | None, seed: int, count: int) -> bool:
+    """Whether a layer's seed and count are what its own forwards made of them, so that no rank has changed them.
+
+    Args:
+        before: seed and count at the forward before this one, whose count a refusal on any rank leaves as it was.
+        seed, count: at this one.
+    """
+    return before is not None and before[0] == seed and 0 <= count - before[1] <= 1
 
 
 def agreed(sums: list[float], seed: int, count: int, ranks: int) -> int:
@@ -151,8 +163,8 @@ def agreed(sums: list[float], seed: int, count: int, ranks: int) -> int:
     if all(same):
         return seed
     same_count = all(same[_CHUNKS:])
-    if same_count and sums[-1] == 0:
-        return sum(int(chunk) << (16 * i) for i, chunk in enumerate(sums[2 * n : -1]))
+    if same_count and sums[-2] == 0:
+        return sum(int(chunk) << (16 * i) for i, chunk in enumerate(sums[2 * n : -2]))
     found = f"seed {seed}" if same_count else f"number of forwards {count}"
     raise ValueError(
         f"expected noise of one seed, and as many forwards before, on all ranks; got the {found} here and another "

@@ -10,10 +10,10 @@ from numpy.typing import DTypeLike, NDArray
 
 from . import core
 from .arguments import check_arguments, full_mask
-from .comm import Communicator, GroupHandle, LocalCommunicator
+from .comm import AGREEMENT, Communicator, GroupHandle, LocalCommunicator
 from .kernels import Running, empty, select
 from .layout import layout_of
-from .noise import agreed, check_level, check_seed, derivative, normal, perturbed, proposal
+from .noise import agreed, check_level, check_seed, derivative, goes_on, normal, perturbed, proposal
 
 __all__ = ["NoisySyncBatchNorm", "SyncBatchNorm"]
 
@@ -240,8 +240,8 @@ class NoisySyncBatchNorm(SyncBatchNorm):
             state_dict of SyncBatchNorm, which lacks all four, loads too, and leaves them as they are.
 
     Collective:
-        as SyncBatchNorm; and over several ranks once, before the first forward in training, an all_reduce of 21 float64
-        by which the ranks agree on the seed.
+        as SyncBatchNorm; and over several ranks once, before the first forward in training, an all_reduce of 22 float64
+        by which the ranks agree on the seed; another one after seed or count were changed, which all ranks must do.
 
     Raises:
         ValueError, TypeError: as syncbn.NoisySyncBatchNorm.
@@ -286,6 +286,7 @@ class NoisySyncBatchNorm(SyncBatchNorm):
         self.grad_noise_mean: Array | None = None
         self.grad_noise_var: Array | None = None
         self._agreed: Any = None
+        self._before: tuple[int, int] | None = None  # seed and count at the latest forward
         self._drawn: tuple[Any, ...] | None = None
 
     def forward(self, x: Array, *others: Any, **options: Any) -> Array:
@@ -299,20 +300,18 @@ class NoisySyncBatchNorm(SyncBatchNorm):
         return y
 
     def _agree(self) -> None:
-        if self._agreed is self._group:
-            return
         comm = self._group.communicator("comm") if self.comm is not None else LocalCommunicator()
-        if comm.world_size > 1:
-            own = int(self.noise_seed), int(self.noise_count)
+        own = int(self.noise_seed), int(self.noise_count)
+        if comm.world_size > 1 and not (self._agreed is self._group and goes_on(self._before, *own)):
             message = np.array(proposal(*own, self._is_given, comm.rank), np.float64)
-            comm.all_reduce(message)
+            core.all_reduce(message, AGREEMENT, comm)
             if np.isnan(message[0]):
                 core.check_count(float("nan"), comm)
             try:
                 self.noise_seed[...] = agreed(message.tolist(), *own, comm.world_size)
             except ValueError as error:
                 raise ValueError(f"{core.rank_prefix(comm)}{error}") from None
-        self._agreed = self._group
+        self._agreed, self._before = self._group, (int(self.noise_seed), own[1])
 
     def _scale_and_shift(self) -> tuple[Array | None, Array | None]:
         if not self.training:

@@ -24,6 +24,7 @@ from typing import Any, Protocol, runtime_checkable
 from weakref import WeakValueDictionary
 
 from .checked import ALWAYS, checked, checked_in_graphs
+from .labels import AGREEMENT as AGREEMENT
 from .labels import Label as Label
 from .labels import Labels as Labels
 from .labels import counted as counted

@@ -111,6 +111,10 @@ class Labels(NamedTuple):
         return cls(Label(layer, "forward"), Label(layer, "backward"), Label(layer, "derivatives"))
 
 
+# Of the message by which the ranks agree on a layer's noise.
+AGREEMENT = Label("a noisy layer", "agreement on seed and count")
+
+
 def know(
     label: Label | None, x: Any, eps: float, momentum: float | None, running_mean: Any, weight: Any, bias: Any
 ) -> None:

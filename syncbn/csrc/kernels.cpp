@@ -15,6 +15,7 @@ using simd::keep;
 using simd::load;
 using simd::load_half;
 using simd::load_pair;
+using simd::load_valid;
 using simd::Pair;
 
 // The type of sums of elements of type T: float64, with as many lanes as the element-wise arithmetic.
@@ -58,7 +59,7 @@ template <class T> struct RawMoments {
   template <class D> Nothing<D> channels(long) const { return {}; }
   template <int kCount> SYNCBN_INLINE void prefetch(long i) const { simd::prefetch<kCount>(x + i); }
   template <class D, class Valid> SYNCBN_INLINE Factors<D> at(long i, Nothing<D>, Valid valid) const {
-    const D v = keep(load<D>(x + i), valid);
+    const D v = load_valid<D>(x + i, valid);
     return {v, v};
   }
 };
@@ -178,7 +179,7 @@ template <class T, class Activation, Source kSource> struct BackwardSums {
   template <int kCount> SYNCBN_INLINE void prefetch(long i) const { terms.template prefetch<kCount>(i); }
   template <class D, class Valid> SYNCBN_INLINE Factors<D> at(long i, const Constants<D>& k, Valid valid) const {
     if constexpr (kSource == Source::kPlain) {
-      return {keep(load<D>(terms.dy + i), valid), keep(load<D>(terms.x + i) - k.mean, valid)};
+      return {load_valid<D>(terms.dy + i, valid), keep(load<D>(terms.x + i) - k.mean, valid)};
     } else {
       using V = typename Elementwise<T, D>::type;
       const Terms<V> t = terms(i, k.affine);
@@ -256,10 +257,10 @@ template <class M, class F> void with_activation(Epilogue epilogue, const M&, co
   }
 }
 
-void stats(int dtype, const void* x, const uint8_t* valid, Shape shape, const double* center, double* sums) {
+void stats(int dtype, const void* x, Validity valid, Shape shape, const double* center, double* sums) {
   with_type(dtype, [&](auto t) {
     using T = decltype(t);
-    with_mask(valid, [&](const auto& mask) {
+    with_mask(valid, shape, [&](const auto& mask) {
       if constexpr (!std::is_same_v<T, double>) {
         if (!center) return reduce(RawMoments<T>{(const T*)x}, mask, row_of(shape), sums);
       }
@@ -268,11 +269,11 @@ void stats(int dtype, const void* x, const uint8_t* valid, Shape shape, const do
   });
 }
 
-void elemt(int dtype, const void* x, const void* residual, void* y, const uint8_t* valid, Shape shape, const Channels& k,
+void elemt(int dtype, const void* x, const void* residual, void* y, Validity valid, Shape shape, const Channels& k,
            Epilogue epilogue) {
   with_type(dtype, [&](auto t) {
     using T = decltype(t);
-    with_mask(valid, [&](const auto& mask) {
+    with_mask(valid, shape, [&](const auto& mask) {
       with_activation(epilogue, mask, [&](auto activation) {
         using F = decltype(activation);
         const T *in = (const T*)x, *other = (const T*)residual;
@@ -321,11 +322,11 @@ InputGradient<T, Act, kSource> gradient_of(const Differentiate<T, Act, kSource>&
   return {terms, (T*)dx, (const A<T>*)slope, (const A<T>*)mean_dy, (const A<T>*)scale, separate};
 }
 
-void backward_reduce(int dtype, const void* dy, const void* x, const void* gate, void* g, const uint8_t* valid,
+void backward_reduce(int dtype, const void* dy, const void* x, const void* gate, void* g, Validity valid,
                      Shape shape, const Channels& k, Epilogue epilogue, double* sums) {
   with_type(dtype, [&](auto t) {
     using T = decltype(t);
-    with_mask(valid, [&](const auto& mask) {
+    with_mask(valid, shape, [&](const auto& mask) {
       with_source<T, true>(dy, x, gate, mask, k, epilogue, [&](const auto& terms) {
         reduce(sums_of(terms, g, k.exact_mean), mask, row_of(shape), sums);
       });
@@ -333,11 +334,11 @@ void backward_reduce(int dtype, const void* dy, const void* x, const void* gate,
   });
 }
 
-void backward_elemt(int dtype, const void* dy, const void* x, void* dx, const uint8_t* valid, Shape shape,
+void backward_elemt(int dtype, const void* dy, const void* x, void* dx, Validity valid, Shape shape,
                     const GradientChannels& k, Epilogue epilogue) {
   with_type(dtype, [&](auto t) {
     using T = decltype(t);
-    with_mask(valid, [&](const auto& mask) {
+    with_mask(valid, shape, [&](const auto& mask) {
       with_source<T, false>(dy, x, nullptr, mask, k.forward, epilogue, [&](const auto& terms) {
         map_as<T>(gradient_of(terms, dx, k.slope, k.mean_dy, k.scale), mask, row_of(shape), 3);
       });

@@ -10,6 +10,15 @@ struct Shape {
   long size() const { return n * c * s; }
 };
 
+constexpr long kGrouped = 256;  // elements of short rows that are taken together, at most
+
+// Which positions are valid: (n, s) bytes, or null for all. Where short rows are taken together, each row of the shape
+// has `together` of them.
+struct Validity {
+  const uint8_t* bytes;
+  long together;
+};
+
 // relu is a leaky_relu of slope 0.
 enum Activation : int { kNone = 0, kLeakyRelu = 1, kSilu = 2 };
 // Activation and in-place work, fused into forward and backward; see syncbn/kernels/epilogue.py.
@@ -31,14 +40,14 @@ struct GradientChannels {
   const void *slope, *mean_dy, *scale;  // scale is forward's; in place, forward.scale is its inverse
 };
 
-// One instruction set's. Arrays are contiguous. `valid` is the mask, (n, s) bytes, or null.
+// One instruction set's. Arrays are contiguous.
 struct Kernels {
-  void (*stats)(int dtype, const void* x, const uint8_t* valid, Shape shape, const double* center, double* sums);
-  void (*elemt)(int dtype, const void* x, const void* residual, void* y, const uint8_t* valid, Shape shape,
+  void (*stats)(int dtype, const void* x, Validity valid, Shape shape, const double* center, double* sums);
+  void (*elemt)(int dtype, const void* x, const void* residual, void* y, Validity valid, Shape shape,
                 const Channels& channels, Epilogue epilogue);
-  void (*backward_reduce)(int dtype, const void* dy, const void* x, const void* gate, void* g, const uint8_t* valid,
+  void (*backward_reduce)(int dtype, const void* dy, const void* x, const void* gate, void* g, Validity valid,
                           Shape shape, const Channels& channels, Epilogue epilogue, double* sums);
-  void (*backward_elemt)(int dtype, const void* dy, const void* x, void* dx, const uint8_t* valid, Shape shape,
+  void (*backward_elemt)(int dtype, const void* dy, const void* x, void* dx, Validity valid, Shape shape,
                          const GradientChannels& channels, Epilogue epilogue);
   const char* name;
 };

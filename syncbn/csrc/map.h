@@ -67,9 +67,11 @@ inline void map_rows(const Op& given, const M& mask, Shape x, const Part& part, 
 
 // All channels of kCount rows from element `row`, that of row `number`, on, where s == 1. kFetchesOut: `out` is prefetched,
 // too.
-template <class V, class S, int kCount, bool kFetchesOut, class Op, class M>
-SYNCBN_INLINE void map_columns(const Op& op, const M& mask, long c, long row, long number, long ahead) {
+template <class V, class S, int kCount, bool kFetchesOut, class Op, class Columns>
+SYNCBN_INLINE void map_columns(const Op& op, const Columns& columns, long c, long row, long number, long ahead) {
   constexpr int lanes = simd::Lanes<V>::value;
+  const decltype(columns.row(0)) valid[2] = {columns.row(number), columns.row(number + kCount - 1)};
+  static_assert(kCount <= 2, "the first and the last of the rows are all");
   long j = 0;
   for (; j + 2 * lanes <= c; j += 2 * lanes) {
     const auto k = op.template half<V, false>(j), l = op.template half<V, true>(j);
@@ -78,13 +80,13 @@ SYNCBN_INLINE void map_columns(const Op& op, const M& mask, long c, long row, lo
       const long next = row + kCount * j + r * 2 * lanes + ahead;
       op.template prefetch<2 * lanes>(next);
       if constexpr (kFetchesOut) simd::prefetch<2 * lanes, true>(op.out + next);
-      op.put_pair(row + r * c + j, k, l, mask.all_lanes(number + r));
+      op.put_pair(row + r * c + j, k, l, valid[r].lanes(j));
     }
   }
   for (; j + lanes <= c; j += lanes)
-    for (int r = 0; r < kCount; ++r) op.put(row + r * c + j, op.template channels<V>(j), mask.all_lanes(number + r));
+    for (int r = 0; r < kCount; ++r) op.put(row + r * c + j, op.template channels<V>(j), valid[r].lanes(j));
   for (; j < c; ++j)
-    for (int r = 0; r < kCount; ++r) op.put(row + r * c + j, op.template channel<S>(j), mask.all_lanes(number + r));
+    for (int r = 0; r < kCount; ++r) op.put(row + r * c + j, op.template channel<S>(j), valid[r].lanes(j));
 }
 
 // Rows [first, last) of c channels each, where s == 1. Not inlined: inlined together, its two instances share the
@@ -93,15 +95,20 @@ template <class V, class S, bool kFetchesOut, class Op, class M>
 __attribute__((noinline)) void map_columns(const Op& given, const M& mask, Shape x, long first, long last) {
   const Op op = given;
   const long c = x.c, together = std::max(kTogether / c, long(kPair));
+  typename M::Columns columns(mask, c);
   for (; last > first; last -= together) {
     long number = std::max(first, last - together);
     const long begin = number * c, end = last * c;
     const Fetch fetch(begin, end, ahead_in(x.size(), kAhead));
     const auto ahead = [&](long row) { return row < fetch.turn ? fetch.before : fetch.after; };
     long row = begin;
-    for (; row + kPair * c <= end; row += kPair * c, number += kPair)
-      map_columns<V, S, kPair, kFetchesOut>(op, mask, c, row, number, ahead(row));
-    for (; row < end; row += c, ++number) map_columns<V, S, 1, false>(op, mask, c, row, number, ahead(row));
+    while (row < end) {  // once, but under a mask of short rows
+      const long part = std::min(columns.rows(), (end - row) / c), part_end = row + part * c;
+      columns.expand(number, part);
+      for (; row + kPair * c <= part_end; row += kPair * c, number += kPair)
+        map_columns<V, S, kPair, kFetchesOut>(op, columns, c, row, number, ahead(row));
+      for (; row < part_end; row += c, ++number) map_columns<V, S, 1, false>(op, columns, c, row, number, ahead(row));
+    }
   }
 }
 

@@ -12,30 +12,29 @@
 namespace {
 
 // Groups short rows, where s == 1: `together` rows of c channels are taken as one row of together * c channels, whose
-// constants repeat, so that it is a whole number of vectors. Rows left over are a part of their own. Under a mask, which
-// has one byte for each row, they are taken singly.
+// constants repeat, so that it is a whole number of vectors. Rows left over are a part of their own.
 struct Rows {
   Shape all;
   long together = 1;
-  Rows(Shape x, bool is_masked) : all(x) {
-    if (x.s != 1 || x.c == 1 || is_masked) return;
+  explicit Rows(Shape x) : all(x) {
+    if (x.s != 1 || x.c == 1) return;
     long k = 32 / std::gcd(x.c, 32L);
     while (k * x.c < 64) k *= 2;
-    if (k * x.c <= 256 && x.n >= 4 * k) together = k;
+    if (k * x.c <= kGrouped && x.n >= 4 * k) together = k;
   }
-  // Calls f(shape, index of the first element) for each part.
-  template <class F> void for_parts(const F& f) const {
+  // Calls f(shape, index of the first element, mask) for each part; `valid` is the mask of the whole, or null.
+  template <class F> void for_parts(const uint8_t* valid, const F& f) const {
     const long wide = all.n / together, left = all.n % together;
-    if (wide || !left) f(Shape{wide, all.c * together, all.s}, 0L);
-    if (left) f(Shape{left, all.c, all.s}, wide * together * all.c);
+    if (wide || !left) f(Shape{wide, all.c * together, all.s}, 0L, Validity{valid, together});
+    if (left) f(Shape{left, all.c, all.s}, wide * together * all.c, Validity{valid ? valid + wide * together : valid, 1});
   }
-  // The same for f(shape, first element, sums of the part), of which it makes the sums of the whole, [a (c) | b (c)].
-  template <class F> void sum_parts(double* sums, const F& f) const {
-    if (together == 1) return f(all, 0L, sums);
+  // The same for f(shape, first element, mask, sums of the part), of which it makes those of the whole, [a (c) | b (c)].
+  template <class F> void sum_parts(const uint8_t* valid, double* sums, const F& f) const {
+    if (together == 1) return f(all, 0L, Validity{valid, 1}, sums);
     std::fill(sums, sums + 2 * all.c, 0.0);
-    for_parts([&](Shape part, long first) {
+    for_parts(valid, [&](Shape part, long first, Validity of_rows) {
       std::vector<double> of_part(2 * part.c);
-      f(part, first, of_part.data());
+      f(part, first, of_rows, of_part.data());
       for (long i = 0; i < 2 * part.c; ++i) sums[i < part.c ? i % all.c : all.c + (i - part.c) % all.c] += of_part[i];
     });
   }

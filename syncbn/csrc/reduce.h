@@ -123,11 +123,12 @@ constexpr long kStrip = 256;         // channels whose plain sums stay in the fi
 // lets rounding errors cancel: the squares of integers, added one by one, would all be rounded the same way, for they are
 // 0 or 1 modulo 4.
 constexpr long kGroup = 1024;
+static_assert(kGrouped <= kStrip, "a row of several short ones is one strip");
 
 // Adds the sums of op over `rows` rows of c channels, from row `row` and element `first` on, to a and b. Takes channels start + j
 // onwards, as many as kCount D hold at a time, up to start + width; returns the first that is left over.
-template <class D, int kCount, class Op, class M>
-SYNCBN_INLINE long add_rows(const Op& op, const M& mask, Shape x, long row, long first, long rows, long start, long j,
+template <class D, int kCount, class Op, class Columns>
+SYNCBN_INLINE long add_rows(const Op& op, const Columns& columns, Shape x, long row, long first, long rows, long start, long j,
                             long width, double* a, double* b) {
   constexpr int lanes = simd::Lanes<D>::value;
   const long c = x.c, far = ahead_in(x.size(), kFarAhead);
@@ -141,9 +142,10 @@ SYNCBN_INLINE long add_rows(const Op& op, const M& mask, Shape x, long row, long
       // Prefetches the same channels of the next rows; where the strip is a whole row, in the order of memory.
       op.template prefetch<kCount * lanes>(c <= kStrip ? first + far + rows * j + r * kCount * lanes
                                                        : i + (far ? rows * c : 0));
-      const auto valid = mask.all_lanes(row + r);
+      const auto valid = columns.row(row + r);
 #pragma GCC unroll 4
-      for (int w = 0; w < kCount; ++w) add(op.at(i + w * lanes, k[w], valid), sum_a + w * parts, sum_b + w * parts);
+      for (int w = 0; w < kCount; ++w)
+        add(op.at(i + w * lanes, k[w], valid.lanes(j + w * lanes)), sum_a + w * parts, sum_b + w * parts);
     }
 #pragma GCC unroll 4
     for (int p = 0; p < kCount * parts; ++p) {
@@ -162,6 +164,7 @@ inline void reduce_columns(const Op& given, const M& mask, Shape x, long begin, 
   using Wide = typename Op::Sums;
   constexpr int count = kWays * kDoubles / simd::Lanes<Wide>::value;
   const long c = x.c, together = std::clamp(kGroup / c, 4L, kBlock);
+  typename M::Columns columns(mask, c);
   for (; begin < end; begin += kBlock) {
     const long stop = std::min(end, begin + kBlock);
     for (long start = 0; start < c; start += kStrip) {
@@ -170,9 +173,10 @@ inline void reduce_columns(const Op& given, const M& mask, Shape x, long begin, 
       std::fill(a, a + width, 0.0), std::fill(b, b + width, 0.0);
       for (long r = begin; r < stop; r += together) {
         const long first = r * c + start, rows = std::min(together, stop - r);
-        long j = add_rows<Wide, count>(op, mask, x, r, first, rows, start, 0, width, a, b);
-        j = add_rows<Double, 1>(op, mask, x, r, first, rows, start, j, width, a, b);
-        add_rows<double, 1>(op, mask, x, r, first, rows, start, j, width, a, b);
+        columns.expand(r, rows);
+        long j = add_rows<Wide, count>(op, columns, x, r, first, rows, start, 0, width, a, b);
+        j = add_rows<Double, 1>(op, columns, x, r, first, rows, start, j, width, a, b);
+        add_rows<double, 1>(op, columns, x, r, first, rows, start, j, width, a, b);
       }
       long j = 0;
       for (; j + kDoubles <= width; j += kDoubles)

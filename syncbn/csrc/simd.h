@@ -321,20 +321,26 @@ template <class T, bool kSecond, class V, class S> SYNCBN_INLINE V load_half(con
   return load<V>(p + (kSecond ? Lanes<V>::value : 0));
 }
 
+#if defined(__AVX2__)
+// A pair by lane (see kByLane) as bfloat16, in the order of memory.
+template <class V> SYNCBN_INLINE auto packed(const Pair<V>& v) {
+  using Vector = typename Bytes<kBytes>::type;
+  const auto first = bits_of<Vector>(rounded(v.first) >> 16), second = bits_of<Vector>(rounded(v.second) >> 16);
+#if defined(__AVX512F__)
+  return _mm512_packus_epi32(first, second);
+#else
+  return _mm256_packus_epi32(first, second);
+#endif
+}
+template <class Vector> SYNCBN_INLINE void put_bytes(const Vector& v, void* p, bool streaming) {
+  if (streaming) stream_bytes(v, p);
+  else std::memcpy(p, &v, sizeof v);
+}
+#endif
+
 template <class V, class T> SYNCBN_INLINE void put_pair(const Pair<V>& v, T* p, bool streaming) {
 #if defined(__AVX2__)
-  if constexpr (kByLane<T>) {
-    const auto first = rounded(v.first) >> 16, second = rounded(v.second) >> 16;
-    using Vector = typename Bytes<kBytes>::type;
-#if defined(__AVX512F__)
-    const Vector both = _mm512_packus_epi32(bits_of<Vector>(first), bits_of<Vector>(second));
-#else
-    const Vector both = _mm256_packus_epi32(bits_of<Vector>(first), bits_of<Vector>(second));
-#endif
-    if (streaming) stream_bytes(both, p);
-    else std::memcpy(p, &both, sizeof both);
-    return;
-  }
+  if constexpr (kByLane<T>) return put_bytes(packed(v), p, streaming);
 #endif
   put(v.first, p, streaming), put(v.second, p + Lanes<V>::value, streaming);
 }

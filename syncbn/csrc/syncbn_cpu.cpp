@@ -66,11 +66,11 @@ void update(int dtype, void* running, const double* batch, long c, double moment
 template <class A>
 void elemt(int dtype, const void* x, const void* residual, void* y, const uint8_t* valid, Shape shape,
            const double* statistics, const void* weight, const void* bias, const Epilogue& epilogue) {
-  const Rows rows(shape, valid);
+  const Rows rows(shape);
   PerChannel<A> k(statistics, shape.c, weight, bias, epilogue.weight_floor);
   k.repeat(rows);
-  rows.for_parts([&](Shape part, long i) {
-    kernels.elemt(dtype, element(dtype, x, i), element(dtype, residual, i), element(dtype, y, i), valid,
+  rows.for_parts(valid, [&](Shape part, long i, Validity of_rows) {
+    kernels.elemt(dtype, element(dtype, x, i), element(dtype, residual, i), element(dtype, y, i), of_rows,
                   part, k.channels(nullptr), epilogue);
   });
 }
@@ -80,7 +80,7 @@ void backward_reduce(int dtype, const void* dy, const void* x, const void* gate,
                      Shape shape, const double* statistics, const void* weight, const void* bias, void* grad_weight,
                      void* grad_bias, const Epilogue& epilogue, double* sums) {
   const long c = shape.c;
-  const Rows rows(shape, valid);
+  const Rows rows(shape);
   PerChannel<A> k(statistics, c, weight, bias, epilogue.weight_floor);
   std::vector<double> mean(statistics, statistics + c);
   if (epilogue.in_place()) {
@@ -89,9 +89,9 @@ void backward_reduce(int dtype, const void* dy, const void* x, const void* gate,
     for (long i = 0; i < c; ++i) mean[i] = double(k.mean[i]) - statistics[i];
   }
   k.repeat(rows), mean = rows.repeated(std::move(mean));
-  rows.sum_parts(sums, [&](Shape part, long i, double* of_part) {
+  rows.sum_parts(valid, sums, [&](Shape part, long i, Validity of_rows, double* of_part) {
     kernels.backward_reduce(dtype, element(dtype, dy, i), element(dtype, x, i), element(dtype, gate, i),
-                            element(dtype, g, i), valid, part, k.channels(mean.data()), epilogue, of_part);
+                            element(dtype, g, i), of_rows, part, k.channels(mean.data()), epilogue, of_part);
   });
   A *of_weight = static_cast<A*>(grad_weight), *of_bias = static_cast<A*>(grad_bias);
   for (long i = 0; of_weight && i < c; ++i) of_weight[i] = A(sums[c + i] * statistics[c + i]);
@@ -102,7 +102,7 @@ template <class A>
 void backward_elemt(int dtype, const void* dy, const void* x, void* dx, const uint8_t* valid, Shape shape,
                     const double* statistics, const void* weight, const void* bias, const double* sums,
                     const Epilogue& epilogue) {
-  const Rows rows(shape, valid);
+  const Rows rows(shape);
   PerChannel<A> k(statistics, shape.c, weight, bias, epilogue.weight_floor);
   const long c = shape.c;
   const double elements = std::max(statistics[2 * c], 1.0);
@@ -118,10 +118,23 @@ void backward_elemt(int dtype, const void* dy, const void* x, void* dx, const ui
   const std::vector<A> scale = k.scale;
   if (epilogue.in_place()) k.scale = inverse(k.scale);
   const GradientChannels channels{k.channels(nullptr), slope.data(), mean_dy.data(), scale.data()};
-  rows.for_parts([&](Shape part, long i) {
-    kernels.backward_elemt(dtype, element(dtype, dy, i), element(dtype, x, i), element(dtype, dx, i), valid, part,
+  rows.for_parts(valid, [&](Shape part, long i, Validity of_rows) {
+    kernels.backward_elemt(dtype, element(dtype, dy, i), element(dtype, x, i), element(dtype, dx, i), of_rows, part,
                            channels, epilogue);
   });
+}
+
+// The number of bytes that are not 0, eight at a time.
+long count_valid(const uint8_t* bytes, long length) {
+  constexpr uint64_t low = 0x7f7f7f7f7f7f7f7fu, ones = 0x0101010101010101u;
+  long count = 0, i = 0;
+  for (; i + 8 <= length; i += 8) {
+    const uint64_t v = simd::raw<uint64_t>(bytes + i);
+    // In each byte its highest bit says whether it is not 0; the product adds those up.
+    count += long((((((v & low) + low) | v) & ~low) >> 7) * ones >> 56);
+  }
+  for (; i < length; ++i) count += bytes[i] != 0;
+  return count;
 }
 
 // [mean | invstd | count] from the moments of all ranks, in place; updates the running statistics unless count is 0.
@@ -169,13 +182,13 @@ void syncbn_prefer_huge_pages(void* address, size_t bytes) {
 
 void syncbn_stats(int dtype, long n, long c, long s, const void* x, const uint8_t* valid, const double* center,
                   double* moments) {
-  const Rows rows({n, c, s}, valid);
+  const Rows rows({n, c, s});
   std::vector<double> centers;
   if (center) centers = rows.repeated(std::vector<double>(center, center + c));
-  rows.sum_parts(moments, [&](Shape part, long i, double* of_part) {
-    kernels.stats(dtype, element(dtype, x, i), valid, part, center ? centers.data() : nullptr, of_part);
+  rows.sum_parts(valid, moments, [&](Shape part, long i, Validity of_rows, double* of_part) {
+    kernels.stats(dtype, element(dtype, x, i), of_rows, part, center ? centers.data() : nullptr, of_part);
   });
-  moments[2 * c] = valid ? double(n * s - std::count(valid, valid + n * s, 0)) : double(n) * double(s);
+  moments[2 * c] = valid ? double(count_valid(valid, n * s)) : double(n) * double(s);
 }
 
 double syncbn_normalise(int dtype, long n, long c, long s, const void* x, const void* residual, void* y,

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
+import enum
 import io
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -15,16 +20,65 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from .. import core
-from ..comm import Communicator
+from ..comm import Communicator, as_communicator
 
 _END: Any = object()
 _SQUARABLE = 65521  # sums of squares of smaller numbers, over a million ranks, are exact in float64
-_WITHOUT_DATA = (type(None), bool, int, float, complex, str, bytes)
+_WITHOUT_DATA = (
+    *(type(None), bool, int, float, complex, str, bytes, np.generic),
+    *(enum.Enum, PurePath, range, slice, torch.device, torch.dtype),
+)
+_TELLING_SECONDS = 5.0
+
+
+def communicator_of(process_group: Any, numbers: Callable[[int], int]) -> Communicator:
+    """Returns as_communicator(process_group); what is no group is an error on the ranks of the default group, too.
+
+    They are told where they wait over it, as they do if their process_group was left out. If they wait over another
+    group, which is not known here, this rank raises after _TELLING_SECONDS.
+
+    Args:
+        process_group: as of as_communicator.
+        numbers: returns how many float64 the other ranks send first, for their world_size.
+
+    Raises:
+        TypeError, ValueError: as as_communicator.
+    """
+    try:
+        return as_communicator(process_group)
+    except Exception as error:
+        others = as_communicator(None)
+        refusal = torch.full(
+            (numbers(others.world_size),), math.nan, dtype=torch.float64, device=message_device(others)
+        )
+        # A thread, which can be left behind.
+        telling = threading.Thread(target=_tell, args=(refusal, others), daemon=True)
+        telling.start()
+        telling.join(_TELLING_SECONDS)
+        if type(error) in (TypeError, ValueError):
+            raise type(error)(f"{core.rank_prefix(others)}{error}") from None
+        raise
+
+
+def _tell(refusal: Tensor, others: Communicator) -> None:
+    with contextlib.suppress(RuntimeError):  # another rank has failed as well: the error that is raised is this rank's
+        others.all_reduce(refusal)
+
+
+def message_device(comm: Communicator) -> torch.device:
+    """Returns the CPU, or where the group sends from accelerators alone, the current one."""
+    types = {torch.device(device).type for device in getattr(getattr(comm, "group", None), "_device_types", ())}
+    return torch.device("cpu" if not types or "cpu" in types else types.pop())
 
 
 def message(comm: Communicator, device: torch.device) -> Tensor:
     """Returns what every rank sends before each step, of zeros; core.refuse can send it, too."""
-    return torch.zeros(2 + comm.world_size, dtype=torch.float64, device=device)
+    return torch.zeros(message_length(comm.world_size), dtype=torch.float64, device=device)
+
+
+def message_length(world_size: int) -> int:
+    """Returns how many float64 that is."""
+    return 2 + world_size
 
 
 def in_lockstep(
@@ -94,7 +148,7 @@ def _from_rank(source: int, batch: Any, comm: Communicator, device: torch.device
     if comm.rank == source:
         try:
             file = io.BytesIO()
-            torch.save(pytree.tree_map(lambda v: v.cpu() if isinstance(v, Tensor) else v, empty(batch)), file)
+            torch.save(empty(batch), file)
             data = file.getvalue()
         except Exception as error:
             core.refuse(error, length, comm)
@@ -107,8 +161,7 @@ def _from_rank(source: int, batch: Any, comm: Communicator, device: torch.device
     comm.all_reduce(content)  # the bytes, one a number
     received = io.BytesIO(bytes(content.to("cpu", torch.uint8).numpy()))
     # Of a rank of this program, with whatever containers its batches have.
-    example = torch.load(received, weights_only=False)
-    return pytree.tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, example)
+    return torch.load(received, map_location=device, weights_only=False)
 
 
 def _check_others(sent: float, comm: Communicator) -> None:
@@ -120,21 +173,51 @@ def _check_others(sent: float, comm: Communicator) -> None:
 
 
 def emptied(batch: Any) -> Any:
-    """Returns a batch without samples that is otherwise like this one: its tensors and arrays are cut along axis 0."""
+    """Returns a batch without samples that is otherwise like this one: its tensors and arrays are cut along axis 0.
 
-    def cut(v: Any) -> Any:
-        if isinstance(v, Tensor):
-            return v[:0].clone() if v.dim() else v  # a clone, for a view would keep, and be sent with, all of it
-        if isinstance(v, np.ndarray):
-            return v[:0].copy() if v.ndim else v
-        if isinstance(v, _WITHOUT_DATA):
+    They may be in lists, tuples, named tuples, dicts and other mappings, dataclasses, and what is registered with
+    torch.utils._pytree, within each other. Numbers, strings and other things without samples, 0-d tensors too, stay as
+    they are.
+
+    Raises:
+        TypeError: another object, which might have samples.
+    """
+    return pytree.tree_map(_cut, batch)
+
+
+def _cut(v: Any) -> Any:
+    if isinstance(v, Tensor) and not v.is_nested and v.layout in (torch.strided, torch.sparse_coo):
+        if not v.dim():
             return v
-        raise TypeError(
-            f"expected batches of tensors, for ranks that run out of them go on with empty ones; got "
-            f"{type(v).__name__}: pass batches of tensors, or the same number of them on all ranks"
-        )
+        # No view, which would keep, and be sent with, all of it.
+        kept = v.detach()[:0].clone() if v.layout == torch.strided else _no_rows(v.detach())
+        return kept.requires_grad_(v.requires_grad)
+    if isinstance(v, np.ndarray):
+        return v[:0].copy() if v.ndim else v
+    if isinstance(v, _WITHOUT_DATA):
+        return v
+    if dataclasses.is_dataclass(v) and not isinstance(v, type):
+        fresh: Any = copy.copy(v)
+        for field in dataclasses.fields(v):
+            object.__setattr__(fresh, field.name, emptied(getattr(v, field.name)))  # frozen ones, too
+        return fresh
+    if isinstance(v, MutableMapping):
+        fresh = copy.copy(v)
+        for key, value in v.items():
+            fresh[key] = emptied(value)
+        return fresh
+    kind = type(v).__name__
+    if isinstance(v, Tensor):
+        kind = "a nested tensor" if v.is_nested else f"a {v.layout} tensor"
+    raise TypeError(
+        f"expected batches of tensors, for ranks that run out of them go on with empty ones; got {kind}: pass batches "
+        "of tensors, the same number of them on all ranks, or to syncbn.even a function that empties them, empty="
+    )
 
-    return pytree.tree_map(cut, batch)
+
+def _no_rows(v: Tensor) -> Tensor:
+    """Returns no rows of a sparse tensor."""
+    return v.index_select(0, torch.empty(0, dtype=torch.int64, device=v.device))
 
 
 def device_of(model: Any) -> torch.device:

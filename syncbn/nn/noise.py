@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy
 
 from .. import core
-from ..comm import Communicator, communicator_named
-from ..noise import agreed, normal, proposal
+from ..comm import AGREEMENT, Communicator, communicator_named
+from ..noise import agreed, goes_on, normal, proposal
 from .operators import CUT, below_autograd, in_order, library
 from .recomputation import is_recomputing
 
@@ -40,6 +40,7 @@ class NoiseStream:
         self.is_given = is_given
         self.name = f"noise-{next(_numbers)}"
         self._agreed: tuple[str, int] | None = None
+        self._before: tuple[int, int] | None = None  # seed and count at the latest forward
         # For each ticket the number of its forward, and whether several forwards that were not repeated had it.
         self._tickets: OrderedDict[int, tuple[int | Tensor, bool]] = OrderedDict()
         self._repeated: set[int] = set()
@@ -79,14 +80,20 @@ class NoiseStream:
         """Returns the seed that this rank shares with the others of the group, () int64: seed itself, or a new one.
 
         Collective:
-            at the first call for a group of several ranks one all_reduce of 21 float64; every rank must call.
+            at the first call for a group of several ranks one all_reduce of 22 float64; every rank must call. On CPUs
+            another one where seed or count are not what the forward before left, as after load_state_dict: so a change
+            on some ranks only is an error, in shared memory one that names the ranks.
 
         Raises:
             ValueError: the ranks' seeds or counts differ, on all ranks together.
         """
         key = name, comm.world_size
-        if self._agreed != key and comm.world_size > 1:
-            seed = self._compare(seed, count, comm)
+        if comm.world_size > 1:
+            is_known = _is_plain(seed) and _is_plain(count)  # on accelerators reading them would stall the device
+            is_changed = is_known and not goes_on(self._before, int(seed), int(count)) and not is_recomputing()
+            if self._agreed != key or is_changed:
+                seed = self._compare(seed, count, comm)
+            self._before = (int(seed), int(count)) if is_known else None
         self._agreed = key
         return seed
 
@@ -94,7 +101,7 @@ class NoiseStream:
         own = int(seed), int(count)
         sent = proposal(*own, self.is_given, comm.rank)
         message = torch.tensor(sent, dtype=torch.float64, device=seed.device)
-        comm.all_reduce(message)
+        core.all_reduce(message, AGREEMENT, comm)
         sums = message.tolist()
         if math.isnan(sums[0]):
             core.check_count(math.nan, comm)

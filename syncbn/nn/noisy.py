@@ -46,7 +46,9 @@ class NoisySyncBatchNorm(SyncBatchNorm):
             SyncBatchNorm.
         noise_mean, noise_var: initial values of the parameters: a number for all channels, or one a channel.
         seed: of the noise; a layer draws the same wherever it has the same seed and has run as often. None takes one of
-            torch's random numbers when the layer is made, of rank 0 for all ranks of the group.
+            torch's random numbers when the layer is made, of rank 0 for all ranks of the group: after one
+            torch.manual_seed a model has the same noise in every run, and its layers noise of their own. Forwards use
+            none of torch's random numbers, and no later manual_seed changes them.
 
     Attributes:
         noise_mean, noise_var: parameters, (C,). Their gradients are, as those of weight, of this rank's elements.
@@ -57,8 +59,11 @@ class NoisySyncBatchNorm(SyncBatchNorm):
         as SyncBatchNorm.
 
     Collective:
-        as SyncBatchNorm; and over several ranks once, before the first forward in training, an all_reduce of 21
-        float64 by which the ranks agree on the seed.
+        as SyncBatchNorm; and over several ranks once, before the first forward in training, an all_reduce of 22
+        float64 by which the ranks agree on the seed. On CPUs another one after seed or count were changed, by
+        load_state_dict, say: change them on all ranks. On some only it is an error, in shared memory of all ranks,
+        which names them; but for a count that is one less, and on accelerators, which are not asked. Values that are
+        put back before the next forward in training are no change.
 
     Numerics:
         The noise becomes a weight and a bias: see syncbn/noise.py. It is a function of seed, count and channel, so the
@@ -79,6 +84,22 @@ class NoisySyncBatchNorm(SyncBatchNorm):
         tensor(True)
         >>> layer.noise_count
         tensor(1)
+
+        Seed and count are saved and loaded with the rest, and the noise goes on as it would have:
+
+        >>> other = NoisySyncBatchNorm(3)  # with any seed
+        >>> other.load_state_dict(layer.state_dict())
+        <All keys matched successfully>
+        >>> torch.equal(other(x), layer(x))
+        True
+
+        A converted model with fuse=True runs a noisy layer and the activation behind it in one pass, as any other:
+
+        >>> import syncbn
+        >>> pair = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
+        >>> pair = syncbn.convert_sync_batchnorm(pair, noise=(0.2, 0.0), seed=1, fuse=True)
+        >>> pair(x).min()
+        tensor(0., grad_fn=<MinBackward1>)
     """
 
     noise_mean: Tensor

@@ -16,11 +16,12 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from .. import core
 from ..arguments import full_mask
-from ..comm import Communicator, as_communicator
+from ..comm import Communicator
 from ..core import Running
 from ..kernels import select
 from .layer import SyncBatchNorm
-from .lockstep import device_of, in_lockstep, message, run, uncompiled
+from .lockstep import communicator_of, device_of, in_lockstep, message, message_length, run, uncompiled
+from .noisy import NoisySyncBatchNorm
 
 
 def recalibrate(
@@ -42,7 +43,8 @@ def recalibrate(
     The layers are all SyncBatchNorm and nn.BatchNorm layers (torch's SyncBatchNorm, too) with running statistics that
     are in training mode. Those in evaluation mode are frozen: they normalise by their running statistics, and keep
     them. Modes are left as they are, dropout's too: put it in evaluation mode for statistics without it. Parameters,
-    momentum, num_batches_tracked and gradients are untouched.
+    momentum, num_batches_tracked and gradients are untouched. Layers behind a NoisySyncBatchNorm get its noise, which
+    is that of the training steps to come: noise_count is as before afterwards.
 
     Args:
         model: the model, wrapped by DistributedDataParallel or not.
@@ -82,7 +84,7 @@ def recalibrate(
         >>> layer.running_mean, layer.running_var
         (tensor([5.]), tensor([11.5000]))
     """
-    comm = as_communicator(process_group)
+    comm = communicator_of(process_group, message_length)
     device = torch.device("cpu")
     try:
         device = device_of(model)
@@ -90,7 +92,8 @@ def recalibrate(
     except Exception as error:
         core.refuse(error, message(comm, device), comm)
     forward = run if forward is None else forward
-    saved = [(layer, [v.clone() for v in _statistics(layer)]) for layer in layers.values()]
+    noise = [layer.noise_count for layer in model.modules() if isinstance(layer, NoisySyncBatchNorm)]
+    saved = [(v, v.clone()) for v in itertools.chain(noise, *map(_statistics, layers.values()))]
     sums = {name: _Sums(name, layer, comm) for name, layer in layers.items()}
     signature = sum(i * layer.num_features for i, layer in enumerate(layers.values(), 1))
     hooks = [
@@ -108,9 +111,8 @@ def recalibrate(
         for hook in hooks:
             hook.remove()
         with torch.no_grad():
-            for layer, values in saved:
-                for v, value in zip(_statistics(layer), values, strict=True):
-                    v.copy_(value)
+            for v, value in saved:
+                v.copy_(value)
     with torch.no_grad():
         for name, (mean, var) in found.items():
             running_mean, running_var = _statistics(layers[name])[:2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -11,9 +12,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import core
-from ..comm import Communicator, as_communicator
+from ..comm import Communicator
 from .layer import SyncBatchNorm
-from .lockstep import device_of, emptied, in_lockstep, run, uncompiled
+from .lockstep import communicator_of, device_of, emptied, in_lockstep, message_device, run, uncompiled
 
 
 def even(
@@ -43,13 +44,16 @@ def even(
 
     Args:
         batches: of this rank: a DataLoader, or anything that can be iterated over, over and over if that can. Batches
-            are tensors or arrays, or containers of them, with samples along axis 0.
+            are tensors or arrays, or containers of them, with samples along axis 0: lists, dicts, named tuples,
+            dataclasses, with anything without samples beside them.
         model: if given, it is tried with an empty batch before the first one, in evaluation mode and without gradients,
             so that a module that cannot take one is named at once, by an error on all ranks.
         forward: how the model is tried, called as forward(model, batch). By default the model gets the batch, or the
             first entry of a tuple or list, on the device of its first parameter.
         empty: returns a batch without samples that is otherwise like the given one: of the same structure, dtypes and
-            devices. By default the tensors and arrays in it are cut to no samples.
+            devices. By default the tensors and arrays in it are cut to no samples. Nested tensors, sets and other
+            objects need such a function. A list with a tensor for each sample keeps its length: return an empty one if
+            the model takes that.
         process_group: the ranks that train together; see SyncBatchNorm.
 
     Returns:
@@ -57,15 +61,18 @@ def even(
         called; a TypeError where a rank's batches have none.
 
     Collective:
-        One all_reduce of world_size float64 in this call. Then one of 2 + world_size before each batch and after the
-        last; two more in which a rank without any batch gets an empty one like another's; and one if the model is
+        One all_reduce of 1 + world_size float64 in this call. Then one of 2 + world_size before each batch and after
+        the last; two more in which a rank without any batch gets an empty one like another's; and one if the model is
         tried. In shared memory and over MPI one takes microseconds; over NCCL the host waits for the device.
 
     Raises:
-        TypeError: batches that cannot be iterated over, or emptied where this rank has to.
+        TypeError: batches that cannot be iterated over, or emptied where this rank has to; what is no model, function
+            or process_group.
         ValueError: nn.BatchNorm layers in training mode in `model`: an empty batch would make their statistics NaN.
-        RuntimeError: another rank raised an error in its batches; or `model` cannot take an empty batch.
-        Exception: what `batches` raises. All of these on all ranks.
+        RuntimeError: another rank raised an error in its arguments or batches; `model` cannot take an empty batch, or
+            is given on some ranks only.
+        Exception: what `batches` raises. All of these on all ranks; a wrong process_group, if that of the others is
+            torch.distributed's default group.
 
     Example:
         >>> for x in even([torch.ones(3, 2), torch.ones(1, 2)]):
@@ -73,7 +80,9 @@ def even(
         (3, 2)
         (1, 2)
     """
-    return EvenBatches(batches, model, forward or run, empty, as_communicator(process_group))
+    return EvenBatches(
+        batches, model, run if forward is None else forward, empty, communicator_of(process_group, _numbers)
+    )
 
 
 class EvenBatches:
@@ -88,28 +97,40 @@ class EvenBatches:
         comm: Communicator,
     ) -> None:
         self.batches, self._model, self._forward, self._empty, self._comm = batches, model, forward, empty, comm
-        self._device = _message_device(comm)
+        self._device = message_device(comm)
         self._lengths = self._exchange_lengths()
 
     def _exchange_lengths(self) -> list[float]:
         """Returns the number of batches of each rank, -1 where a rank cannot tell."""
-        sent = torch.zeros(self._comm.world_size, dtype=torch.float64, device=self._device)
+        comm = self._comm
+        sent = torch.zeros(_numbers(comm.world_size), dtype=torch.float64, device=self._device)
         try:
             if not hasattr(self.batches, "__iter__") and not hasattr(self.batches, "__getitem__"):
                 kind = type(self.batches).__name__
                 raise TypeError(f"expected batches that can be iterated over; got {kind}: pass a DataLoader, say")
+            for name, function in {"forward": self._forward, "empty": self._empty}.items():
+                if not callable(function):
+                    raise TypeError(
+                        f"expected {name} to be a function; got {type(function).__name__}: see its docstring"
+                    )
             if self._model is not None:
                 _check_model(self._model)
-            sent[self._comm.rank] = _length(self.batches)
+            sent[0], sent[1 + comm.rank] = self._model is not None, _length(self.batches)
         except Exception as error:
-            core.refuse(error, sent, self._comm)
-        self._comm.all_reduce(sent)
-        if sent[0].isnan():
+            core.refuse(error, sent, comm)
+        comm.all_reduce(sent)
+        with_model, *lengths = sent.tolist()
+        if math.isnan(with_model):
             raise RuntimeError(
-                f"{core.rank_prefix(self._comm)}expected batches on every rank; another rank raised an error instead: "
-                "see that rank's message"
+                f"{core.rank_prefix(comm)}expected batches on every rank; another rank raised an error instead: see "
+                "that rank's message"
             )
-        lengths: list[float] = sent.tolist()
+        if with_model not in (0, comm.world_size):
+            here = "also" if self._model is not None else "not"
+            raise RuntimeError(
+                f"{core.rank_prefix(comm)}expected a model on every rank or on none, to try it with an empty batch; "
+                f"got one on {with_model:g} of {comm.world_size}, and here {here}: pass model= on all"
+            )
         return lengths
 
     def __len__(self) -> int:
@@ -146,6 +167,11 @@ class EvenBatches:
             ) from reason
 
 
+def _numbers(world_size: int) -> int:
+    """Returns how many float64 `even` sends when it is called."""
+    return 1 + world_size
+
+
 def _length(batches: Any) -> int:
     """Returns the number of batches, or -1 where that is not known."""
     try:
@@ -166,12 +192,6 @@ def _check_model(model: Any) -> None:
             f"expected SyncBatchNorm layers, which take a batch without samples; got {', '.join(unsynchronised)} in "
             "training mode, which would make NaN of it: use syncbn.convert_sync_batchnorm, or freeze them by eval()"
         )
-
-
-def _message_device(comm: Communicator) -> torch.device:
-    """Returns the CPU, or where the group sends from accelerators alone, the current one."""
-    types = {torch.device(device).type for device in getattr(getattr(comm, "group", None), "_device_types", ())}
-    return torch.device("cpu" if not types or "cpu" in types else types.pop())
 
 
 @contextlib.contextmanager

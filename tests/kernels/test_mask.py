@@ -137,7 +137,7 @@ def test_in_place(implementation, shape, epilogue):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
-@pytest.mark.parametrize("shape", [(3, 5, 67), (67, 37, 1), (20, 2, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 5, 67), (67, 37, 1), (20, 2, 1), (70, 24, 1)], ids=str)
 def test_valid_positions_are_what_they_are_without_a_mask(implementation, dtype, shape):
     """Bit by bit, in every dtype; so that a mask of all positions changes nothing."""
     if implementation.library == "numpy" and dtype == "bfloat16":
@@ -162,6 +162,31 @@ def test_valid_positions_are_what_they_are_without_a_mask(implementation, dtype,
             if implementation.library == "torch":
                 unmasked, masked = unmasked.double(), masked.double()
             np.testing.assert_array_equal(masked, select(np.asarray(unmasked), mask))
+
+
+@pytest.mark.parametrize("channels", [2, 3, 5, 7, 8, 12, 16, 24, 48, 64, 96, 128])
+@pytest.mark.parametrize("left", [0, 1, 13])
+def test_short_rows_that_are_taken_together(implementation, channels, left):
+    """Kernels in C++ take up to 32 rows as one, which have several bytes of the mask; and some are left over."""
+    if implementation.tile < 100:
+        pytest.skip("a thousand tiles take seconds; smaller batches have many, too")
+    x, dy, _, *vectors = case(shape := (160 + left, channels, 1))
+    mask = mask_of("random", shape)
+    sums = np.arange(2.0 * channels)
+    bad_x, bad_dy, mask_, sums_, *vectors_ = implementation.arrays(
+        spoilt(x, mask), spoilt(dy, mask), mask, sums, *vectors
+    )
+    found = implementation.stats(bad_x, None, mask_)
+    np.testing.assert_allclose(found, reference.stats(gathered(x, mask), None), **SUM)
+    found = implementation.backward_reduce(bad_dy, bad_x, *vectors_, mask=mask_)
+    expected = reference.backward_reduce(gathered(dy, mask), gathered(x, mask), *vectors)
+    np.testing.assert_allclose(found, expected, **SUM)
+    good_x, good_dy = implementation.arrays(x, dy)
+    masked = normalised(implementation, bad_x, *vectors_, mask=mask_)
+    np.testing.assert_array_equal(masked, select(np.asarray(normalised(implementation, good_x, *vectors_)), mask))
+    masked = filled(implementation.backward_elemt, bad_dy, bad_x, *vectors_, sums_, mask=mask_)
+    plain = filled(implementation.backward_elemt, good_dy, good_x, *vectors_, sums_)
+    np.testing.assert_array_equal(masked, select(np.asarray(plain), mask))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

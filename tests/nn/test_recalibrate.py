@@ -101,6 +101,27 @@ def test_nothing_but_the_statistics_of_layers_in_training_mode_changes():
     assert changed == {f"{layer}.running_{kind}" for layer in (0, 5) for kind in ("mean", "var")}
 
 
+def _noisy(rank, group, calls):
+    """Training with `calls` recalibrations between two steps: the second step's result, and statistics."""
+    model = syncbn.convert_sync_batchnorm(network(), group, noise=(0.3, 0.3), seed=1)
+    model[2].track_running_stats = False
+    x = batches(rank, [3, 4])[0]
+    model(x)
+    for _ in range(calls):
+        syncbn.recalibrate(model, batches(rank, [3, 4, 2]), process_group=group)
+    statistics = {n: v.clone() for n, v in model.named_buffers()}
+    return model(x).detach(), statistics
+
+
+def test_noise_is_not_used_up():
+    for rank in range(2):
+        never, once, twice = (run_ranks(_noisy, 2, "thread", calls)[rank] for calls in range(3))
+        assert torch.equal(never[0], once[0])
+        torch.testing.assert_close(once, twice, rtol=0, atol=0)
+        assert all(v == 1 for n, v in once[1].items() if "noise_count" in n)
+        assert not torch.equal(never[1]["5.running_var"], once[1]["5.running_var"])
+
+
 @pytest.mark.parametrize("fails", ["forward", "batches", "statistics"])
 def test_an_error_leaves_everything_as_it_was(fails):
     model = prepared()

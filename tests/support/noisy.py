@@ -32,6 +32,7 @@ def torch_steps(rank, group, xs, dys, seeds=(11,) * 9, synchronises_noise=True):
     if not synchronises_noise:  # as if each rank drew for itself
         handle = layer._syncbn_group
         layer._syncbn_noise._agreed = handle.name, handle.communicator().world_size
+        layer._syncbn_noise._before = seeds[rank], 0
     for _ in range(2):
         x = torch.from_numpy(xs[rank]).requires_grad_()
         y = layer(x)
