@@ -88,6 +88,7 @@ class SharedMemory:
     """
 
     _file = -1  # not open
+    membership: Any = None  # kept for it
 
     def __init__(self, file: int, rank: int, world_size: int, timeout: timedelta) -> None:
         if _library.syncbn_shared_lock(file, rank):
@@ -100,7 +101,8 @@ class SharedMemory:
         self._part = SharedSum(of, self._address, rank, world_size, _POLL_MICROSECONDS)
         self._part_address = ctypes.addressof(self._part)
         self._failure: str | None = None
-        self._lock = threading.Lock()
+        # One thread at a time; a signal's handler that sums within a sum of its thread is told so, by _failure.
+        self._lock = threading.RLock()
         self._file = file
         _live.add(self)
 
@@ -112,6 +114,16 @@ class SharedMemory:
             os.close(self._file)  # releases the lock once mmap's duplicate is closed, too
             self._memory.close()
         self._file = -1
+
+    def leave(self) -> None:
+        """Takes part no more, for the group is destroyed: the others, who would wait, are told. Not within a sum."""
+        if self._lock.acquire(blocking=False):
+            try:
+                if not self._failure and self._file >= 0:
+                    self._failure = "one that was destroyed"
+                    _library.syncbn_shared_unlock(self._file, self.rank)
+            finally:
+                self._lock.release()
 
     def all_reduce(self, address: int, length: int, label: Label | None = None) -> None:
         """Sums a vector over the ranks, in place, in rank order, so that all ranks get the same bits.
@@ -152,7 +164,7 @@ class SharedMemory:
             if self._failure:
                 raise self._error("a group whose ranks are all there", self._failure, "start all ranks again")
             # Cleared by _sum at its end: an interrupt may break off anywhere before.
-            self._failure = "one in which this rank's last sum was broken off"
+            self._failure = "one in which this rank's last sum was broken off, or is under way in this very thread"
             part = self._part
             part.tag, part.call = None if label is None else label.address or label.tag(), call
             try:

@@ -35,6 +35,24 @@ class Asking(Protocol):
         """Returns what has been answered to the last ask, by rank."""
 
 
+class Looking(Protocol):
+    """What a thread calls once a second.
+
+    Attributes:
+        horizon: seconds by which it has to do something, so that it must be called more often.
+    """
+
+    horizon: float
+
+    def look(self, now: float, reports_at: float) -> None:
+        """Looks. Returns at once.
+
+        Args:
+            now: the time, of a clock that never goes back.
+            reports_at: see stall_seconds.
+        """
+
+
 class Watched:
     """The sums of a group, of which a thread looks whether one takes too long, and who has not come.
 
@@ -72,7 +90,7 @@ class Watched:
     def sum(self, label: Label | None, call: int) -> Iterator[None]:
         """Within it a sum is under way, of that call of that label's layer."""
         if not self.sums:
-            _watch(self)
+            watch(self)
         self.sums += 1
         self.now = label, call
         try:
@@ -133,14 +151,14 @@ def _named(message: tuple[Label | None, int] | None) -> str:
     return "" if label is None else label.of_call(call)
 
 
-_watched: weakref.WeakSet[Watched] = weakref.WeakSet()
+_watched: weakref.WeakSet[Looking] = weakref.WeakSet()
 _watchers: dict[int, threading.Thread] = {}  # by process, for forks have none
 _is_over = threading.Event()
 
 
-def _watch(sums: Watched) -> None:
-    """Lets a thread look once a second whether a sum takes too long."""
-    _watched.add(sums)
+def watch(looking: Looking) -> None:
+    """Lets a thread call look, about once a second, for as long as somebody else keeps the object."""
+    _watched.add(looking)
     if os.getpid() not in _watchers:
         thread = threading.Thread(target=_look, name="syncbn-stalls", daemon=True)
         _watchers[os.getpid()] = thread
@@ -159,9 +177,9 @@ def stop() -> None:
 def _look() -> None:
     """Watches until the process ends."""
     reports_at = stall_seconds()
-    while not _is_over.wait(min([1.0, *(sums.horizon / 8 for sums in list(_watched))])):
-        for sums in list(_watched):
-            sums.look(time.monotonic(), reports_at)
+    while not _is_over.wait(min([1.0, *(looking.horizon / 8 for looking in list(_watched))])):
+        for looking in list(_watched):
+            looking.look(time.monotonic(), reports_at)
 
 
 def stall_seconds() -> float:

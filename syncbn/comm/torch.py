@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -19,7 +22,7 @@ from .labels import Label
 from .local import LocalCommunicator
 from .own import host, is_own, parts
 from .shared_memory import HANDSHAKE_BYTES, SharedMemory, join
-from .stalls import Watched
+from .stalls import Watched, watch
 from .structures import Tag
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 # The shared memory, or None, of each group that has summed CPU tensors; freed with the group.
 _shared_memories: WeakKeyDictionary[dist.ProcessGroup, SharedMemory | None] = WeakKeyDictionary()
 _UNKNOWN: Any = object()
+_joining = threading.RLock()
 # Of each group that sums over Gloo its sums, and the lengths of messages that ranks have compared, the same on all.
 _sums: WeakKeyDictionary[dist.ProcessGroup, tuple[Watched, set[int]]] = WeakKeyDictionary()
 # For each default group, by name and by the ranks of all groups, the group that this process is in.
@@ -103,7 +107,11 @@ class TorchCommunicator:
         """Returns the memory in which CPU tensors are summed, or None; made at the first call, by all ranks."""
         memory: SharedMemory | None = _shared_memories.get(self.group, _UNKNOWN)
         if memory is _UNKNOWN:
-            memory = _shared_memories[self.group] = self._join_shared_memory() if _sends_over_gloo(self.group) else None
+            with _joining:  # threads that make their first sum at once
+                memory = _shared_memories.get(self.group, _UNKNOWN)
+                if memory is _UNKNOWN:
+                    memory = self._join_shared_memory() if _sends_over_gloo(self.group) else None
+                    _shared_memories[self.group] = memory
         return memory
 
     direct_sums = shared_memory  # in which C++ can sum
@@ -121,7 +129,10 @@ class TorchCommunicator:
 
         watched, _ = _sums.get(self.group) or self._watch()
         with watched.sum(None, -1):
-            return join(self.rank, self.world_size, timeout, exchange)
+            memory = join(self.rank, self.world_size, timeout, exchange)
+        if memory is not None:
+            watch(_Membership(self.group, memory))
+        return memory
 
     def _sum_gathered(self, tensor: torch.Tensor, label: Label | None) -> None:
         """Sums over Gloo by all_gather: Gloo's all_reduce takes twice as many messages, one after the other.
@@ -186,6 +197,29 @@ class TorchCommunicator:
                 "say; one has ended, has not come within the timeout, or sends a message of another length, which "
                 "syncbn.check_collectives names"
             ) from error
+
+
+class _Membership:
+    """Leaves the shared memory of a group that torch.distributed has destroyed: layers and graphs may keep both."""
+
+    horizon = math.inf
+
+    def __init__(self, group: dist.ProcessGroup, memory: SharedMemory) -> None:
+        self._group, self._memory = weakref.ref(group), weakref.ref(memory)
+        memory.membership = self  # for as long as the memory is there
+
+    def look(self, now: float, reports_at: float) -> None:  # noqa: ARG002  # see stalls.Looking
+        """Leaves the memory once the group is no more."""
+        group, memory = self._group(), self._memory()
+        if group is not None and memory is not None and group not in dist.distributed_c10d._world.pg_map:
+            memory.leave()
+
+
+def leave_shared_memory() -> None:
+    """Leaves the memory of all groups, before they are destroyed: others learn it at once."""
+    for memory in list(_shared_memories.values()):
+        if memory is not None:
+            memory.leave()
 
 
 def _sends_over_gloo(group: dist.ProcessGroup) -> bool:

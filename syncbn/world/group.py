@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import os
 import socket
+import sys
 import time
 from datetime import timedelta
 from types import TracebackType
@@ -81,6 +82,9 @@ class World:
 
         group, self._group = self._group, None
         if group is not None and dist.group.WORLD is group:
+            layers = sys.modules.get("syncbn.comm.torch")
+            if layers is not None:
+                layers.leave_shared_memory()
             dist.destroy_process_group()
         while self._exported:
             os.environ.pop(self._exported.pop(), None)
