@@ -5,13 +5,16 @@ All ranks check the same list, which rank 0 publishes, so that they all find the
 
 from __future__ import annotations
 
+import errno
 import functools
 import itertools
 import json
 import os
+import queue
 import socket
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
@@ -21,6 +24,7 @@ from ..environment import Launch, LaunchError
 
 # After the timeout: how long ranks wait for rank 0's list, and rank 0 for them to have read it.
 _READ_TIMEOUT = timedelta(seconds=10)
+_PATIENCE_SECONDS = 2.0  # after which a TCPStore whose timeout is over will not end by itself
 Store = Any  # torch.distributed.Store, which mypy does not know
 _store_numbers = itertools.count()  # a store may outlive its group, so each group has keys of its own
 
@@ -71,10 +75,17 @@ def _tcp_store(launch: Launch, addr: str, port: int, timeout: timedelta) -> Stor
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     makes_it = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+    def make() -> Store:
+        options: dict[str, Any] = {"wait_for_workers": False, "multi_tenant": True}
+        if makes_it and _is_loopback(addr):  # all ranks are on this machine, and torch listens to the whole network
+            options["master_listen_fd"] = _listening(addr, port)
+        return TCPStore(addr, port, launch.world_size, makes_it, timeout, **options)
+
     try:
-        return TCPStore(addr, port, launch.world_size, makes_it, timeout, wait_for_workers=False, multi_tenant=True)
-    except RuntimeError as error:
-        if makes_it and "EADDRINUSE" in str(error):
+        return _within(timeout, make)
+    except (OSError, RuntimeError) as error:
+        if makes_it and ("EADDRINUSE" in str(error) or getattr(error, "errno", None) == errno.EADDRINUSE):
             raise LaunchError(
                 f"{launch.prefix}expected port {port} to be free on {socket.gethostname()}, for rank 0; got one in "
                 "use, maybe by another job: set MASTER_PORT to another, the same on every rank"
@@ -84,6 +95,44 @@ def _tcp_store(launch: Launch, addr: str, port: int, timeout: timedelta) -> Stor
             f"{timeout.total_seconds():g} s; got {_first_line(error)}: see that rank 0 runs there, that this name "
             f"leads there from {socket.gethostname()}, and that no firewall closes the port"
         ) from error
+
+
+def _is_loopback(addr: str) -> bool:
+    return addr in ("localhost", "::1") or addr.startswith("127.")
+
+
+def _listening(addr: str, port: int) -> int:
+    """Returns the descriptor of a socket that listens on an address of this machine alone, for the store to close."""
+    is_v6 = ":" in addr
+    with socket.socket(socket.AF_INET6 if is_v6 else socket.AF_INET) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((addr, port))
+        listener.listen(socket.SOMAXCONN)
+        return listener.detach()
+
+
+def _within(timeout: timedelta, make: Callable[[], Store]) -> Store:
+    """Returns make(). Where something else holds the port and says nothing, TCPStore's own timeout does not end it.
+
+    Raises:
+        RuntimeError: it has taken longer, and is left to itself.
+    """
+    outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def attempt() -> None:
+        try:
+            outcome.put(make())
+        except Exception as error:
+            outcome.put(error)
+
+    threading.Thread(target=attempt, name="syncbn-store", daemon=True).start()
+    try:
+        found = outcome.get(timeout=timeout.total_seconds() + _PATIENCE_SECONDS)
+    except queue.Empty:
+        raise RuntimeError("something that does not answer as rank 0's store would, or nothing") from None
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def _open_over_mpi(launch: Launch, timeout: timedelta) -> tuple[Store, str, int]:
