@@ -149,12 +149,14 @@ def test_picture_is_drawn(digits):
 
 
 def test_ranks_of_torchrun_are_used_and_uneven_parts_and_own_images_work(tmp_path):
-    folder = write_images(tmp_path / "images")
+    # The name is neither UTF-8 nor a formula.
+    folder = write_images(tmp_path / os.fsdecode(b"images \xff $\\frac{$"))
     options = ("--data", folder, "--batch", 3, "--epochs", 2, "--compare-steps", 3)
     command = Command(tmp_path, "demo", *options, program=TORCHRUN)
     assert command.finish() == 0, command.output
     report = json.loads((tmp_path / "syncbn-demo" / "demo.json").read_text())
     assert report["settings"]["ranks"] == 2
+    assert report["data"]["name"] == "images \N{REPLACEMENT CHARACTER} $\\frac{$"
     assert report["data"]["classes"] == ["dark", "light"]
     assert command.output.count("2 ranks, syncbn.SyncBatchNorm: ") == 1  # by one rank only
     assert_synchronised_alone_equals_one_process(report)
@@ -215,6 +217,13 @@ def test_unreadable_image_is_one_clear_error(tmp_path):
     (line,) = command.output.strip().splitlines()
     assert line.startswith(f"syncbn demo: error: expected an image; got {folder / 'light' / '3.png'}")
     command.assert_nothing_left()
+
+
+def test_a_pipe_among_the_images_is_refused_and_not_read(tmp_path):
+    folder = write_images(tmp_path / "images")
+    os.mkfifo(folder / "light" / "9.png")
+    with pytest.raises(InputError, match=r"expected an image; got .*9\.png, which is no file: remove it"):
+        load_folder(folder, 8)
 
 
 def test_folders_without_classes_or_images_are_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -60,34 +61,45 @@ def load_folder(folder: Path, size: int) -> Dataset:
     advice = "give --data a folder with a sub-folder of images for each class"
     if not folder.is_dir():
         raise InputError(
-            f"expected a folder; got {folder}, which is {'a file' if folder.exists() else 'not there'}: {advice}"
+            f"expected a folder; got {_shown(folder)}, which is "
+            f"{'a file' if folder.exists() else 'not there'}: {advice}"
         )
     classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if len(classes) < 2:
-        found = f"one, {classes[0].name}" if classes else "none"
-        raise InputError(f"expected at least 2 classes, that is sub-folders, in {folder}; got {found}: {advice}")
+        found = f"one, {_shown(classes[0].name)}" if classes else "none"
+        raise InputError(
+            f"expected at least 2 classes, that is sub-folders, in {_shown(folder)}; got {found}: {advice}"
+        )
     images, labels = [], []
     for label, path in enumerate(classes):
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES)
         if len(files) < 2:
             raise InputError(
-                f"expected at least 2 images in {path}, one to train and one to test on; got {len(files)}: "
+                f"expected at least 2 images in {_shown(path)}, one to train and one to test on; got {len(files)}: "
                 f"add images ({', '.join(suffix[1:] for suffix in _SUFFIXES)}), or remove the sub-folder"
             )
         images += [_read_image(file, size) for file in files]
         labels += [label] * len(files)
-    return _split(folder.name or str(folder), [path.name for path in classes], torch.stack(images), np.array(labels))
+    names = [_shown(path.name) for path in classes]
+    return _split(_shown(folder.name or folder), names, torch.stack(images), np.array(labels))
+
+
+def _shown(path: Path | str) -> str:
+    """Returns a path for people: of what is not UTF-8, which cannot be printed, marks."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 def _read_image(file: Path, size: int) -> Tensor:
     from PIL import Image
 
+    if not file.is_file():  # a pipe would keep its reader waiting
+        raise InputError(f"expected an image; got {_shown(file)}, which is no file: remove it")
     try:
         with Image.open(file) as image:
             pixels = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR), np.float32)
     except Exception as error:  # pillow raises many types, even SyntaxError
         raise InputError(
-            f"expected an image; got {file}, which cannot be read ({error}): repair or remove it"
+            f"expected an image; got {_shown(file)}, which cannot be read ({error}): repair or remove it"
         ) from None
     return torch.from_numpy(pixels / 255.0).permute(2, 0, 1)
 

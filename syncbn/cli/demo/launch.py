@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from .errors import InputError
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-_LAUNCHER_PID = "SYNCBN_LAUNCHER_PID"
+_LAUNCHER_PID, _FOLDER = "SYNCBN_LAUNCHER_PID", "SYNCBN_LAUNCHER_FOLDER"
 _SHUTDOWN_SECONDS = 5  # from SIGTERM to SIGKILL
 
 
@@ -79,7 +80,7 @@ def _print_error(text: str) -> None:
 def _prepared_environment(folder: str) -> Iterator[None]:
     """Sets environment variables for the ranks and silences the launcher's log, and restores both afterwards."""
     before = dict(os.environ)
-    os.environ[_LAUNCHER_PID] = str(os.getpid())
+    os.environ[_LAUNCHER_PID], os.environ[_FOLDER] = str(os.getpid()), folder
     # As torchrun does: the ranks share this machine's cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)  # created when torch's compiler is imported
@@ -94,13 +95,14 @@ def _prepared_environment(folder: str) -> Iterator[None]:
 
 
 def end_with_launcher() -> None:
-    """Makes this rank exit silently at Ctrl-C, and when its launcher has ended for any reason."""
+    """Makes this rank exit silently at Ctrl-C, and when its launcher has ended, whose folder it then removes."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     launcher = int(os.environ[_LAUNCHER_PID])
 
     def watch() -> None:
         while os.getppid() == launcher:
             time.sleep(0.5)
+        shutil.rmtree(os.environ[_FOLDER], ignore_errors=True)  # as other ranks do
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

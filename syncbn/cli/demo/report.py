@@ -94,6 +94,7 @@ def draw(report: Report, folder: Path) -> Path:
     figure.suptitle(
         f"{data['name']}: batch {settings['batch']} over {settings['ranks']} ranks, {settings['shards']} shards",
         fontsize=13,
+        parse_math=False,  # a folder's name may have dollars
     )
     panels = figure.subplots(1, 2)
     for panel, curve, name in zip(
