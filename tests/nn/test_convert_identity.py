@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from support.ranks import rank_errors, run_ranks
+from support.tolerances import rounding
 from test_convert import Named
 from torch import nn
 from torch.ao.quantization import fuse_modules, fuse_modules_qat, get_default_qat_qconfig, prepare_qat
@@ -207,7 +208,8 @@ def test_quantisation_fuses_reverted_models_and_refuses_converted_ones(fuse):
         fuse_modules_qat(model.train(), names)
     syncbn.revert_sync_batchnorm(model)
     x = torch.randn(4, 3, 6, 6)
-    torch.testing.assert_close(fuse_modules(model.eval(), names)(x), model(x), rtol=1e-4, atol=1e-5)
+    # A convolution of 27 terms, folded or not, a norm and an activation in float32: 10 operations.
+    torch.testing.assert_close(fuse_modules(model.eval(), names)(x), model(x), **rounding(torch.float32, 10, 27))
     assert type(fuse_modules_qat(model.train(), names)[0]) is torch.ao.nn.intrinsic.ConvBnReLU2d
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.ranks import run_ranks
 from support.steps import DTYPES, in_format
+from support.tolerances import ELEMENT
 
 import syncbn
 from syncbn.comm import LocalCommunicator
@@ -170,7 +171,7 @@ def test_over_a_communicator_of_ones_own_it_sends_one_message_each_way():
     x = torch.cat(xs)
     y, dx, dresidual, *_ = step(whole, x, x * 0.5, torch.ones_like(x))
     for part, expected in enumerate((y, dx, dresidual)):
-        torch.testing.assert_close(torch.cat([found[part] for found, _ in results]), expected, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(torch.cat([found[part] for found, _ in results]), expected, **ELEMENT)
     assert [messages for _, messages in results] == [2, 2, 2]
 
 

@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from support.tolerances import rounding
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
@@ -17,15 +18,20 @@ import syncbn
 TRACED = pytest.mark.filterwarnings("ignore:`torch.jit")
 
 
+# Forward two convolutions, a norm and an activation, of some 10 operations, and 10 backward; sums over 4 x 6 x 6.
+DTYPE = torch.float64
+ROUNDED = rounding(DTYPE, 20, 144)
+
+
 class Model(nn.Module):
     """A block with a residual, as torchvision's."""
 
     def __init__(self, norm=syncbn.SyncBatchNorm, act=None):
         super().__init__()
         torch.manual_seed(0)
-        self.conv, self.norm = nn.Conv2d(3, 4, 3), norm(4)
-        self.act = act or syncbn.SyncBatchNormAct(4, "relu")
-        self.head = nn.Conv2d(4, 2, 1)
+        self.conv, self.norm = nn.Conv2d(3, 4, 3, dtype=DTYPE), norm(4, dtype=DTYPE)
+        self.act = act or syncbn.SyncBatchNormAct(4, "relu", dtype=DTYPE)
+        self.head = nn.Conv2d(4, 2, 1, dtype=DTYPE)
 
     def forward(self, x):
         z = self.norm(self.conv(x))
@@ -33,7 +39,7 @@ class Model(nn.Module):
 
 
 def batch(seed=1):
-    return torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(4, 3, 6, 6, dtype=DTYPE, generator=torch.Generator().manual_seed(seed))
 
 
 def assert_same_step(found, model, x):
@@ -43,7 +49,7 @@ def assert_same_step(found, model, x):
     torch.testing.assert_close(y, expected)
     y.sin().sum().backward(), expected.sin().sum().backward()
     for (name, p), (_, q) in zip(found.named_parameters(), model.named_parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(p.grad, q.grad, **ROUNDED, msg=name)
     for name, b in model.named_buffers():
         assert torch.equal(found.get_buffer(name), b), name
 
@@ -153,7 +159,7 @@ def test_an_eval_models_trace_does_not_depend_on_gradients():
 @pytest.mark.parametrize("training", [True, False])
 def test_fake_tensors(training):
     with FakeTensorMode():
-        model, x = Model().train(training), torch.empty(4, 3, 6, 6, requires_grad=True)
+        model, x = Model().train(training), torch.empty(4, 3, 6, 6, dtype=DTYPE, requires_grad=True)
         y = model(x.to(memory_format=torch.channels_last))
         y.sum().backward()
     assert y.shape == (4, 2, 4, 4)
@@ -180,7 +186,7 @@ def test_flops_are_those_of_batch_norm():
     class Act(nn.Module):
         def __init__(self):
             super().__init__()
-            self.norm = nn.BatchNorm2d(4)
+            self.norm = nn.BatchNorm2d(4, dtype=DTYPE)
 
         def forward(self, x, residual):
             return (self.norm(x) + residual).relu()

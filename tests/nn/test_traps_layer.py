@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from support.ranks import rank_errors, run_ranks
 from support.steps import assert_equals_whole_batch, batch, torch_layer, torch_step
+from support.tolerances import rounding
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -315,7 +316,8 @@ def test_the_result_may_be_modified_in_place(shape, format):
         y.square().sum().backward()
         gradients.append(leaf.grad)
         assert not leaf.grad._is_view()
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+    # 10 operations on elements forward and backward in float32, with sums over at most 40 terms.
+    torch.testing.assert_close(*gradients, **rounding(torch.float32, 20, 40))
     assert gradients[0].abs().max() > 0.1
 
 
