@@ -74,7 +74,7 @@ class Label:
         if not self.address:
             text = f"{self.direction} of {self.layer}".encode()
             facts = str(self.facts).encode() if isinstance(self.facts, Facts) else b""
-            self._tag = Tag(_end(text, Tag.text.size), facts[: Tag.facts.size - 1], crc32(text + b"\0" + facts))
+            self._tag = Tag(crc32(text + b"\0" + facts), _end(text, Tag.text.size), facts[: Tag.facts.size - 1])
             self.address = ctypes.addressof(self._tag)
         return self.address
 

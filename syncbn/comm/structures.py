@@ -8,7 +8,7 @@ import ctypes
 class Tag(ctypes.Structure):
     """Whose message it is."""
 
-    _fields_ = (("text", ctypes.c_char * 112), ("facts", ctypes.c_char * 128), ("number", ctypes.c_long))
+    _fields_ = (("number", ctypes.c_long), ("text", ctypes.c_char * 112), ("facts", ctypes.c_char * 128))
 
 
 class SharedSum(ctypes.Structure):

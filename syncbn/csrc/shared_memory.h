@@ -3,9 +3,9 @@
 
 // Whose message it is; comm/labels.py fills it in.
 struct Tag {
-  char text[112];   // the layer and the direction
+  long number;      // a digest of the texts, 0 for none: equal ones need not be read
+  char text[112];   // the layer and the direction; empty where nobody says
   char facts[128];  // what the layer was told; empty where there is nothing to compare
-  long number;      // a digest of both
 };
 
 // comm/shared_memory.py, or comm/mpi.py, fills it in.

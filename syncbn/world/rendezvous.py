@@ -26,6 +26,9 @@ from ..environment import Launch, LaunchError
 _READ_TIMEOUT = timedelta(seconds=10)
 _PATIENCE_SECONDS = 2.0  # after which a TCPStore whose timeout is over will not end by itself
 Store = Any  # torch.distributed.Store, which mypy does not know
+# What this process serves, for as long as it lives: ranks that are the first in the next world must not find the last
+# one's just before it goes.
+_served: dict[tuple[str, int], Store] = {}
 _store_numbers = itertools.count()  # a store may outlive its group, so each group has keys of its own
 
 
@@ -76,6 +79,9 @@ def _tcp_store(launch: Launch, addr: str, port: int, timeout: timedelta) -> Stor
 
     makes_it = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
+    if makes_it and (addr, port) in _served:
+        return _served[addr, port]
+
     def make() -> Store:
         options: dict[str, Any] = {"wait_for_workers": False, "multi_tenant": True}
         if makes_it and _is_loopback(addr):  # all ranks are on this machine, and torch listens to the whole network
@@ -83,7 +89,10 @@ def _tcp_store(launch: Launch, addr: str, port: int, timeout: timedelta) -> Stor
         return TCPStore(addr, port, launch.world_size, makes_it, timeout, **options)
 
     try:
-        return _within(timeout, make)
+        store = _within(timeout, make)
+        if makes_it and port:
+            _served[addr, port] = store
+        return store
     except (OSError, RuntimeError) as error:
         if makes_it and ("EADDRINUSE" in str(error) or getattr(error, "errno", None) == errno.EADDRINUSE):
             raise LaunchError(
