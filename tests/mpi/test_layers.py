@@ -181,7 +181,7 @@ def test_ddp_over_gloo_with_layers_over_mpi_equals_one_process(monkeypatch, tmp_
         raise AssertionError("a layer's message went over Gloo")
 
     monkeypatch.setattr(TorchCommunicator, "all_reduce", over_gloo)
-    monkeypatch.setattr(TorchCommunicator, "shared_memory", over_gloo)
+    monkeypatch.setattr(TorchCommunicator, "direct_sums", over_gloo)
     store = Path(WORLD.bcast(tmp_path), "store")
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=WORLD.Get_rank(), world_size=SIZE)
     try:

@@ -85,8 +85,8 @@ NEGATE = {
 SEPARATING = {
     "fold_into_conv": surgery(0, 1)(lambda m: fuse_conv_bn_eval(m[0].eval(), m[1].eval()), lambda _: nn.Identity()),
     "norm_to_identity": surgery(1)(lambda _: nn.Identity()),
-    "norm_to_new_norm": surgery(1)(lambda _: nn.BatchNorm2d(4)),
-    "norm_to_new_sync": surgery(1)(lambda _: syncbn.SyncBatchNorm(4)),
+    "norm_to_new_norm": surgery(1)(lambda _: nn.BatchNorm2d(4).double()),
+    "norm_to_new_sync": surgery(1)(lambda _: syncbn.SyncBatchNorm(4).double()),
     "act_to_identity": surgery(2)(lambda _: nn.Identity()),
     "act_to_another": surgery(2)(lambda _: nn.Tanh()),
     "act_to_a_fusable_one": surgery(2)(lambda _: nn.SiLU()),
