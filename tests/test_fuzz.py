@@ -20,6 +20,9 @@ from syncbn.nn import fused
 
 EXAMPLES = int(os.environ.get("SYNCBN_FUZZ_EXAMPLES", "300"))
 LAYOUTS = ["dense", "transposed", "sliced", "offset", "expanded"]
+# The oracle's bounds of sums are two standard deviations or more of what roundings add up to. Of some 10^7 results that
+# are compared here, one in 10^9 is beyond six.
+DEVIATIONS = 3.0
 
 
 @st.composite
@@ -124,6 +127,10 @@ def assert_law(case):
     if count == 0:
         assert all((r["running_mean"] == 0).all() and (r["running_var"] == 1).all() for r in results)
         return
+    # Equal samples are rounded equally: r of them count as one of r times the size, and n / r of those as sqrt(r n).
+    limit = (
+        DEVIATIONS * max([1, *(n for n, *_ in case["shapes"])]) ** 0.5 if "expanded" in case["layouts"] else DEVIATIONS
+    )
     weight, bias = parameters(case["channels"]) if case["affine"] else (1.0, 0.0)
     truth, allowed = oracle.batch_norm(xs, dys, weight, bias, case["eps"], case["momentum"], case["dtype"])
     for rank, (result, part) in enumerate(zip(results, parts, strict=True)):
@@ -139,7 +146,7 @@ def assert_law(case):
                     assert (got * ~mask.numpy() == 0).all(), f"{name} of masked elements"
                 got = valid(got, mask)
             distance = oracle.worst(got, expected, permitted)
-            assert distance <= 1, f"{name} of rank {rank}: {distance:.3g} times what its arithmetic explains"
+            assert distance <= limit, f"{name} of rank {rank}: {distance:.3g} times what its arithmetic explains"
 
 
 @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
