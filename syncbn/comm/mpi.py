@@ -133,6 +133,8 @@ class MPICommunicator:
             raise self._failure(length, error) from error
         if result in (DIFFERENT, UNSENT):
             check(said(length, label), self.rank, self.world_size, self._sums)
+        if result == UNSENT:  # and yet no rank says another length
+            raise self._failure(length, MPI.Exception(MPI.ERR_COUNT))
 
     def _sums(self, numbers: list[float]) -> list[float]:
         sums = [0.0] * len(numbers)

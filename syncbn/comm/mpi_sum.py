@@ -84,9 +84,8 @@ def watched_of(comm: Any, timeout_seconds: float, end: Callable[[str], None]) ->
     if kept.watched is None:
         rank, world_size, over = comm.Get_rank(), comm.Get_size(), "MPI"
         if MPI.Query_thread() == MPI.THREAD_MULTIPLE:
-            with Watched(rank, world_size, over, timeout_seconds, None, end).sum(
-                None, -1
-            ):  # the first may be late, too
+            starting = Watched(rank, world_size, over, timeout_seconds, None, end)
+            with starting.sum(None, -1):  # ranks may be late at the first already
                 kept.asking = MPIAsking(MPI, comm.Dup())
         kept.watched = Watched(rank, world_size, over, timeout_seconds, kept.asking, end)
     return kept.watched
