@@ -114,9 +114,13 @@ class Watched:
             self._asking.ask()
         if self.end is not None and waited > self.timeout_seconds:
             self.end(self.report(waited))
-        elif waited > reports_at and not self._is_logged:
+        elif waited > reports_at + (0 if self._is_answered() else reports_at / 4 + 1) and not self._is_logged:
             self._is_logged = True
             log.warning("%s; it ends after %g s", self.report(waited), self.timeout_seconds)
+
+    def _is_answered(self) -> bool:
+        """Whether there is nothing to wait for before who is missing is said."""
+        return self._asking is None or len(self._asking.answers()) >= self.world_size - 1
 
     def report(self, seconds: float) -> str:
         """Returns what to say of the sum that is under way, and waits for so many seconds."""

@@ -1,6 +1,7 @@
 """Ranks that wait for long say for whom, and where those are. In shared memory: test_shared_memory_labels.py."""
 
 import logging
+import re
 import time
 from datetime import timedelta
 
@@ -48,19 +49,18 @@ def test_over_gloo_who_waits_says_for_whom_and_where_that_rank_is(first):
         where = "does not answer: it has ended, is stopped, or has made no sum yet"
     for rank in range(2):
         (text,) = texts[rank]
-        assert text == (
-            f"[rank {rank}/3] has waited 1 s in a sum over Gloo{whose}, for rank 2, which {where}; it ends after 60 s"
-        )
+        said = f"has waited N s in a sum over Gloo{whose}, for rank 2, which {where}; it ends after 60 s"
+        assert re.sub(r"waited \d+ s", "waited N s", text) == f"[rank {rank}/3] {said}"
 
 
 def _given_up(rank, group):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared_memory, "_library", None)
-        own = dist.new_group(timeout=timedelta(seconds=3))
+        own = dist.new_group(timeout=timedelta(seconds=6))
         layer = syncbn.SyncBatchNorm(3, process_group=own)
         layer(torch.randn(4, 3))
         if rank == 2:
-            time.sleep(6)
+            time.sleep(9)
             return None
         with pytest.raises(RuntimeError) as caught:
             layer(torch.randn(4, 3))
@@ -78,9 +78,9 @@ def _fast(rank, group):
     logging.getLogger("syncbn").addHandler(kept)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared_memory, "_library", None)
-        patch.setenv("SYNCBN_STALL_SECONDS", "0.4")
+        patch.setenv("SYNCBN_STALL_SECONDS", "2")
         layer = syncbn.SyncBatchNorm(3)
-        for _ in range(15):
+        for _ in range(30):
             layer(torch.randn(4, 3))
             time.sleep(0.1)
     return kept.texts
