@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = {"demo": ["-m", "syncbn", "demo"], "test": ["-m", "pytest", "-n", "2", "--dist", "loadfile"]}
+COMMANDS = {"demo": ["-m", "syncbn", "demo"], "test": ["-m", "pytest"]}
 TESTED_TORCH = "2.13.0"
 
 

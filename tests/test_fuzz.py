@@ -149,6 +149,7 @@ def assert_law(case):
             assert distance <= limit, f"{name} of rank {rank}: {distance:.3g} times what its arithmetic explains"
 
 
+@pytest.mark.timeout(900)
 @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(cases())
 def test_any_ranks_equal_one(case):

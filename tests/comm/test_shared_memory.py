@@ -3,6 +3,7 @@
 import _thread
 import ctypes
 import errno
+import functools
 import os
 import random
 import re
@@ -129,7 +130,10 @@ def test_a_rank_that_has_left_is_named_at_once():
         summed(memories[0], np.ones(4))
 
 
-def test_an_interrupt_ends_the_wait_and_the_group():
+def test_an_interrupt_ends_the_wait_and_the_group(request):
+    # Other tests of this process may have set another.
+    request.addfinalizer(functools.partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     memories = joined(2)
     threading.Timer(0.2, _thread.interrupt_main, [signal.SIGINT]).start()
     with pytest.raises(KeyboardInterrupt):

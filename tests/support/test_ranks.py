@@ -56,8 +56,8 @@ def test_a_rank_that_exits_is_reported_with_its_code():
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_rank_that_hangs_is_reported(launcher):
-    with pytest.raises(RankFailedError, match=r"rank 1: no answer within 2"):
-        run_ranks(_hang_on_rank_1, 2, launcher, timeout=2)
+    with pytest.raises(RankFailedError, match=r"rank 1: no answer within 8"):
+        run_ranks(_hang_on_rank_1, 2, launcher, timeout=8)
 
 
 def test_no_rank_sees_a_process_group_of_this_process():
