@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakValueDictionary
 
-from .checked import ALWAYS, checked, checked_in_graphs
+from .checked import IS_ALWAYS_CHECKED, checked, checked_in_graphs
 from .labels import AGREEMENT as AGREEMENT
 from .labels import Label as Label
 from .labels import Labels as Labels
@@ -89,7 +89,7 @@ def as_communicator(group: Any, argument: str = "process_group") -> Communicator
         RuntimeError: MPI is not initialised.
     """
     comm = _as_communicator(group, argument)
-    return checked(comm) if ALWAYS else comm
+    return checked(comm) if IS_ALWAYS_CHECKED else comm
 
 
 def _as_communicator(group: Any, argument: str) -> Communicator:
@@ -177,7 +177,7 @@ class GroupHandle:
             return self._communicator
         if self._is_lasting:
             of_torch = _functions.get("torch.distributed")  # the shortest way, for every call of a layer comes here
-            found = None if of_torch is None or ALWAYS else of_torch(self.group)
+            found = None if of_torch is None or IS_ALWAYS_CHECKED else of_torch(self.group)
             return found or as_communicator(self.group, argument)
         self._communicator = taking_labels(as_communicator(self.group, argument))
         return self._communicator

@@ -79,23 +79,32 @@ class StoreAsking:
         self._rank, self._world_size = rank, world_size
         self._is_there = True
         self._asked, self._answered = 0, 0  # the number of this rank's last question, and of the last it has answered
+        self._answers: dict[int, str] = {}
 
     def ask(self) -> None:
         """See Asking."""
+        self._answers = {}
         self._asked = self._stored("add", self._name, 1, otherwise=self._asked)
 
     def answer(self, state: str) -> None:
         """See Asking."""
         asked = self._stored("add", self._name, 0, otherwise=self._answered)
-        for number in range(self._answered + 1, asked + 1):
-            self._stored("set", f"{self._name}/{number}/{self._rank}", state)
-        self._answered = asked
+        if asked != self._answered:  # one answer serves whoever has asked
+            self._stored("set", self._key(self._rank), f"{asked} {state}")
+            self._answered = asked
 
     def answers(self) -> dict[int, str]:
         """See Asking."""
-        keys = {rank: f"{self._name}/{self._asked}/{rank}" for rank in range(self._world_size)}
-        there = [rank for rank, key in keys.items() if self._stored("check", [key], otherwise=False)]
-        return {rank: self._stored("get", keys[rank], otherwise=b"").decode() for rank in there}
+        for rank in range(self._world_size):
+            key = self._key(rank)
+            if rank not in self._answers and self._stored("check", [key], otherwise=False):
+                number, _, state = self._stored("get", key, otherwise=b"0").decode().partition(" ")
+                if int(number) >= self._asked:
+                    self._answers[rank] = state
+        return {rank: state for rank, state in self._answers.items() if rank != self._rank}
+
+    def _key(self, rank: int) -> str:
+        return f"{self._name}/{rank}"
 
     def _stored(self, operation: str, *arguments: Any, otherwise: Any = None) -> Any:
         """Returns what an operation of the store's does; otherwise, once the process that has it has ended, that."""

@@ -17,7 +17,7 @@ from .local import LocalCommunicator
 if TYPE_CHECKING:
     from . import Communicator
 
-ALWAYS = os.environ.get("SYNCBN_CHECK", "") not in ("", "0")
+IS_ALWAYS_CHECKED = os.environ.get("SYNCBN_CHECK", "") not in ("", "0")
 
 
 class CheckedCommunicator:

@@ -114,7 +114,7 @@ class Watched:
             self._asking.ask()
         if self.end is not None and waited > self.timeout_seconds:
             self.end(self.report(waited))
-        elif waited > reports_at + (0 if self._is_answered() else reports_at / 4 + 1) and not self._is_logged:
+        elif waited > reports_at and not self._is_logged and (waited > 1.25 * reports_at + 1 or self._is_answered()):
             self._is_logged = True
             log.warning("%s; it ends after %g s", self.report(waited), self.timeout_seconds)
 

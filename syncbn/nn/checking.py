@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator
 
 from torch import nn
 
 from ..comm.checked import checked_graphs
+from .exchange import exchange, lock, restore
 from .layer import SyncBatchNorm
-
-_lock = threading.Lock()  # of every layer's group, while they are exchanged
 
 
 @contextlib.contextmanager
@@ -57,17 +55,13 @@ def check_collectives(model: nn.Module) -> Iterator[None]:
     layers = [layer for layer in model.modules() if isinstance(layer, SyncBatchNorm)]
     if not layers:
         raise ValueError("expected a model with SyncBatchNorm layers; got none: call syncbn.convert_sync_batchnorm")
-    with _lock:
-        exchanged = [(layer, layer._syncbn_group, layer._syncbn_group.checked()) for layer in layers]
+    with lock:
+        exchanged = exchange([(layer, layer._syncbn_group.checked()) for layer in layers])
         names = {handle.name for _, _, handle in exchanged}
-        for layer, _, handle in exchanged:
-            layer._syncbn_group = handle
         checked_graphs.update(names)
     try:
         yield
     finally:
-        with _lock:
+        with lock:
             checked_graphs.subtract(names)
-            for layer, original, handle in exchanged:
-                if layer.__dict__.get("_syncbn_group") is handle:  # else the group was set, or the layer reverted
-                    layer._syncbn_group = original
+            restore(exchanged)

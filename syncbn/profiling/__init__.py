@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -19,11 +18,10 @@ from torch import nn
 
 from ..comm.observed import Observer, forget_graphs, observe_graphs
 from ..nn import SyncBatchNorm
+from ..nn.exchange import exchange, lock, restore
 from .gathering import gather
 from .recording import Recording
 from .report import Report as Report
-
-_lock = threading.Lock()  # of every layer's group, while they are exchanged
 
 
 @contextlib.contextmanager
@@ -97,9 +95,9 @@ def profile(model: nn.Module) -> Iterator[Report]:
 def _exchanged_groups(model: nn.Module, recordings: dict[Any, Recording]) -> Iterator[None]:
     """Within it, recordings, which it fills with one a group, see what the layers do."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SyncBatchNorm)}
-    exchanged = []
+    groups = []
     graphs: dict[str, Observer] = {}  # by the names that groups have there
-    with _lock:
+    with lock:
         _check(layers)
         for name, layer in layers.items():
             handle = layer._syncbn_group
@@ -108,20 +106,17 @@ def _exchanged_groups(model: nn.Module, recordings: dict[Any, Recording]) -> Ite
                 recordings[handle.key] = Recording(handle.communicator(), "cpu" if tensor is None else tensor.device)
             graphs.setdefault(handle.name, recordings[handle.key].of_graphs())
             observer = recordings[handle.key].of_layer(name or type(layer).__name__)
-            exchanged.append((layer, handle, handle.observed(observer, name)))
-        for layer, _, handle in exchanged:
-            layer._syncbn_group = handle
+            groups.append((layer, handle.observed(observer, name)))
+        exchanged = exchange(groups)
         for group, of_graphs in graphs.items():
             observe_graphs(group, of_graphs)
     try:
         yield
     finally:
-        with _lock:
+        with lock:
             for group, of_graphs in graphs.items():
                 forget_graphs(group, of_graphs)
-            for layer, original, handle in exchanged:
-                if layer.__dict__.get("_syncbn_group") is handle:  # else the group was set, or the layer reverted
-                    layer._syncbn_group = original
+            restore(exchanged)
 
 
 def _check(layers: dict[str, SyncBatchNorm]) -> None:
